@@ -1,4 +1,4 @@
-"""What every test shares: tests that start real processes run one after another, so that two cores are not fought over."""
+"""What every test shares: tests that start real processes run one after another, or two cores would be fought over."""
 
 from __future__ import annotations
 
