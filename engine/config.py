@@ -1,0 +1,69 @@
+"""What one engine may use and how it schedules. Built once, validated at the start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from engine.errors import ConfigInvalid
+
+
+class PolicyName(Enum):
+    """How waiting requests join the running batch (engine/policy.py)."""
+
+    CHUNKED = "chunked"
+    FCFS = "fcfs"
+    STATIC = "static"
+
+
+class LengthEstimate(Enum):
+    """How admission guesses the output length of a sequence (engine/admission.py)."""
+
+    MAXIMUM = "maximum"
+    CONSTANT = "constant"
+    HISTORY = "history"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Limits and choices of one engine. Units: tokens and blocks; memory sizes are decided by who made the KV memory.
+
+    A prompt chunk ends at an absolute multiple of `chunk_size` or at the prompt's end, whatever else runs in the step;
+    one step may take several such units of a prompt. `max_num_batched_tokens` bounds a step: decodes first, the rest prompts.
+    `cache_namespace` keys the prefix cache next to the tenant's salt: model id, digest and adapter.
+    """
+
+    num_blocks: int
+    block_size: int = 16
+    max_model_len: int = 2048
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    chunk_size: int = 64
+    eos_token_ids: tuple[int, ...] = ()
+    prefix_caching: bool = True
+    cache_namespace: bytes = b""
+    policy: PolicyName = PolicyName.CHUNKED
+    length_estimate: LengthEstimate = LengthEstimate.HISTORY
+    constant_estimate: int = 256
+    estimate_seed: int = 0
+    max_held_tokens: int = 65536
+    prefill_ageing: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse a configuration that could not make progress."""
+        for field in ("num_blocks", "block_size", "max_model_len", "max_num_seqs", "chunk_size", "constant_estimate"):
+            value = getattr(self, field)
+            if value < 1:
+                raise ConfigInvalid(field, value, "it must be at least 1")
+        if self.block_size & (self.block_size - 1):
+            raise ConfigInvalid("block_size", self.block_size, "it must be a power of two")
+        if self.max_num_batched_tokens < self.max_num_seqs + self.chunk_size:
+            rule = (
+                f"it must be at least max_num_seqs + chunk_size = {self.max_num_seqs + self.chunk_size}, "
+                "or a full batch of decodes would starve every prompt"
+            )
+            raise ConfigInvalid("max_num_batched_tokens", self.max_num_batched_tokens, rule)
+        if self.max_held_tokens < 1:
+            raise ConfigInvalid("max_held_tokens", self.max_held_tokens, "it must be at least 1")
+        if self.prefill_ageing < 0:
+            raise ConfigInvalid("prefill_ageing", self.prefill_ageing, "it must not be negative")
