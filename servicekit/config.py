@@ -163,11 +163,15 @@ def _limits(note: _Option) -> str:
         case None, None:
             return ""
         case low, None:
-            return f", at least {low:g}"
+            return f", at least {_plain(low)}"
         case None, high:
-            return f", at most {high:g}"
+            return f", at most {_plain(high)}"
         case low, high:
-            return f", {low:g} to {high:g}"
+            return f", {_plain(low)} to {_plain(high)}"
+
+
+def _plain(limit: float) -> str:
+    return str(int(limit)) if limit == int(limit) else str(limit)
 
 
 def _read_file(path: Path, fields: Mapping[str, object]) -> dict[str, object]:
@@ -265,7 +269,7 @@ def _what_is_wrong(note: _Option, value: Any) -> str | None:
             return f"must be one of {', '.join(note.choices)}"
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if note.minimum is not None and value < note.minimum:
-            return f"must be at least {note.minimum:g}"
+            return f"must be at least {_plain(note.minimum)}"
         if note.maximum is not None and value > note.maximum:
-            return f"must be at most {note.maximum:g}"
+            return f"must be at most {_plain(note.maximum)}"
     return note.check(value) if note.check is not None else None

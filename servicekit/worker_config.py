@@ -1,0 +1,68 @@
+"""Settings that prefill and decode workers share. Each service adds its own fields to this dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from servicekit.config import option, parse_address, parse_bytes, power_of_two
+from servicekit.lifecycle import read_secret
+
+
+def _bytes_or_auto(text: str) -> int | None:
+    return None if text == "auto" else parse_bytes(text)
+
+
+def _worker_id(value: str) -> str | None:
+    safe = value and all(c.isalnum() or c in "-_." for c in value) and not value.startswith(".")
+    return None if safe else "must be letters, digits, '-', '_' and '.'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig:
+    """One worker process, from `servicekit.config.load`. Validated when built."""
+
+    # what is served
+    model: Path = option(help="model folder or .gguf file")
+    model_id: str = option("", help="name that clients use; empty: the file's name")
+    dtype: str = option("float32", help="type of weights and KV", choices=("float32", "bfloat16"))
+    deterministic: bool = option(False, help="same bits whatever the batch, the chunks and the P/D split")
+    max_model_len: int = option(0, help="longest prompt and output together; 0: the model's own", minimum=0)
+
+    # where
+    worker_id: str = option(help="name of this worker, unique in its service", check=_worker_id)
+    listen: tuple[str, int] = option(
+        ("127.0.0.1", 0), help="gRPC address; port 0: any", parse=parse_address, metavar="HOST:PORT"
+    )
+    http: tuple[str, int] = option(
+        ("127.0.0.1", 0), help="address of health and metrics; port 0: any", parse=parse_address, metavar="HOST:PORT"
+    )
+    advertise: str = option("", help="host that others reach this worker by; empty: that of --listen")
+    secret_file: Path | None = option(None, help="file with the service's secret; callers must prove it")
+    registry_dir: Path | None = option(None, help="local mode: folder where this worker announces itself")
+    parent_fd: int | None = option(None, help="exit when this pipe closes", minimum=0)
+
+    # how much
+    threads: int = option(0, help="threads of the runner; 0: what this process may use", minimum=0, maximum=1024)
+    kv_memory: int | None = option(
+        None, help="bytes of KV memory, or auto", parse=_bytes_or_auto, metavar="BYTES|auto", minimum=1
+    )
+    block_size: int = option(16, help="tokens per KV block", minimum=1, maximum=1024, check=power_of_two)
+    max_num_seqs: int = option(64, help="sequences in one batch", minimum=1, maximum=65536)
+    max_num_batched_tokens: int = option(512, help="tokens in one batch", minimum=1, maximum=1 << 20)
+    max_num_requests: int = option(1024, help="requests taken at once; more are refused", minimum=1, maximum=1 << 20)
+    prefix_caching: bool = option(True, help="keep finished blocks for prompts that begin alike")
+    transports: tuple[str, ...] = option(("shm", "grpc"), help="ways to move KV, best first", choices=("shm", "grpc"))
+
+    # the end, and the logs
+    drain_s: float = option(30.0, help="longest a drain waits for running requests", minimum=0, maximum=3600)
+    log_level: str = option("info", help="least level logged", choices=("debug", "info", "warning", "error"))
+    log_format: str = option("json", help="shape of log lines", choices=("json", "text"))
+    failpoints: tuple[str, ...] = option((), help="chaos tests only: faults on demand, name=k,...")
+
+    @property
+    def served_model_id(self) -> str:
+        return self.model_id or self.model.stem
+
+    def load_secret(self) -> str:
+        return read_secret(self.secret_file)
