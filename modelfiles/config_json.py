@@ -162,8 +162,8 @@ def _refuse_unsupported(fields: _Fields, architecture: Architecture) -> None:
     activation = fields.text("hidden_act") or "silu"
     if activation not in ("silu", "swish"):
         raise UnsupportedModel(f"{fields.where}: hidden_act {activation!r} is not supported (supported: silu)")
-    layer_types = fields.values.get("layer_types") or []
-    others = {entry for entry in cast(list[object], layer_types) if entry != "full_attention"}
+    layer_types = cast(list[object], fields.values.get("layer_types") or [])
+    others = {entry for entry in layer_types if entry != "full_attention"}
     if others:
         raise UnsupportedModel(f"{fields.where}: layer_types {sorted(map(str, others))} are not supported")
 
