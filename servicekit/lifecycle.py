@@ -12,7 +12,7 @@ import secrets
 import signal
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class RegistryEntry:
 
 
 @contextlib.contextmanager
-def registered(registry_dir: Path | None, entry: RegistryEntry) -> Iterator[Callable[[], None]]:
+def registered(registry_dir: Path | None, entry: RegistryEntry) -> Generator[Callable[[], None]]:
     """Keep `<registry_dir>/<worker_id>.json` while inside; yields a function that removes it early (drain)."""
     if registry_dir is None:
         yield lambda: None

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextvars import ContextVar
 from typing import Any, TextIO
 
@@ -22,7 +22,7 @@ _STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asc
 
 
 @contextlib.contextmanager
-def request_scope(request_id: str) -> Iterator[None]:
+def request_scope(request_id: str) -> Generator[None]:
     """Every line logged inside carries this request id."""
     token = request_id_var.set(request_id)
     try:

@@ -1,0 +1,183 @@
+"""What a worker measures about its engine and about KV on the move. Values come in as plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from prometheus_client import Counter
+
+from servicekit.metrics import ITERATION_TOKEN_BUCKETS, PHASE_BUCKETS, TOKEN_COUNT_BUCKETS, TRANSFER_BUCKETS, Metrics
+
+
+class LoadFacts(Protocol):
+    """The fields of an engine's load snapshot that are shown (engine.messages.EngineLoad)."""
+
+    @property
+    def step_counter(self) -> int: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_waiting_tokens(self) -> int: ...
+    @property
+    def num_blocks_free(self) -> int: ...
+    @property
+    def num_blocks_total(self) -> int: ...
+    @property
+    def num_promised(self) -> int: ...
+    @property
+    def num_filling(self) -> int: ...
+    @property
+    def num_held_tokens(self) -> int: ...
+    @property
+    def prefill_tokens_per_s(self) -> float: ...
+
+
+class CounterFacts(Protocol):
+    """Totals that only grow (engine.messages.EngineCounters)."""
+
+    steps: int
+    decode_tokens: int
+    prompt_tokens: int
+    cached_tokens: int
+    preemptions: int
+    recomputed_tokens: int
+    copied_blocks: int
+    evicted_blocks: int
+
+
+class EndFacts(Protocol):
+    """What a request cost (engine.messages.RequestStats)."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+    queue_s: float
+    prefill_s: float
+    total_s: float
+
+
+class EngineMetrics:
+    """vLLM's names for what an engine does, and ours for what vLLM has no name for."""
+
+    def __init__(self, metrics: Metrics, *, block_size: int, num_blocks: int, cache_dtype: str) -> None:
+        self._running = metrics.vllm_gauge("num_requests_running", "Sequences in the running batch.")
+        self._waiting = metrics.vllm_gauge("num_requests_waiting", "Requests waiting to be scheduled.")
+        self._usage = metrics.vllm_gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
+        self._totals: dict[str, Counter] = {
+            "prompt_tokens": metrics.vllm_counter("prompt_tokens", "Prompt tokens taken in."),
+            "decode_tokens": metrics.vllm_counter("generation_tokens", "Tokens generated."),
+            "preemptions": metrics.vllm_counter("num_preemptions", "Sequences preempted."),
+            "cached_tokens": metrics.vllm_counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
+            "steps": metrics.counter("baton_engine_steps", "Engine steps."),
+            "recomputed_tokens": metrics.counter("baton_recomputed_tokens", "Tokens computed again after preemption."),
+            "copied_blocks": metrics.counter("baton_copied_blocks", "Blocks copied on write."),
+            "evicted_blocks": metrics.counter("baton_evicted_blocks", "Cached blocks evicted."),
+        }
+        # vLLM counts a query per prompt token that was looked up: each prompt is looked up once, whole.
+        self._queries = metrics.vllm_counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self._told: dict[str, int] = dict.fromkeys(self._totals, 0)
+        self._queue_s = metrics.vllm_histogram("request_queue_time_seconds", "Time until scheduled.", PHASE_BUCKETS)
+        self._prefill_s = metrics.vllm_histogram(
+            "request_prefill_time_seconds", "From scheduled to the first token.", PHASE_BUCKETS
+        )
+        self._total_s = metrics.vllm_histogram("request_inference_time_seconds", "Time in this worker.", PHASE_BUCKETS)
+        self._prompt = metrics.vllm_histogram("request_prompt_tokens", "Prompt tokens.", TOKEN_COUNT_BUCKETS)
+        self._output = metrics.vllm_histogram("request_generation_tokens", "Output tokens.", TOKEN_COUNT_BUCKETS)
+        self._iteration = metrics.vllm_histogram(
+            "iteration_tokens_total", "Tokens computed per step.", ITERATION_TOKEN_BUCKETS
+        )
+        self._success = metrics.vllm_labelled_counter("request_success", "Requests ended.", ("finished_reason",))
+        self._speed = metrics.gauge("baton_prefill_tokens_per_second", "Measured prefill speed; 0 while unknown.")
+        self._waiting_tokens = metrics.gauge("baton_waiting_tokens", "Prompt tokens still to prefill.")
+        info = metrics.gauge(
+            "vllm:cache_config_info", "KV cache configuration.", ("block_size", "num_gpu_blocks", "cache_dtype")
+        )
+        info.labels(block_size=str(block_size), num_gpu_blocks=str(num_blocks), cache_dtype=cache_dtype).set(1)
+
+    def observe_step(self, num_tokens: int) -> None:
+        if num_tokens:
+            self._iteration.observe(num_tokens)
+
+    def observe_end(self, reason: str, stats: EndFacts) -> None:
+        self._success.inc(finished_reason=reason)
+        self._queue_s.observe(stats.queue_s)
+        self._prefill_s.observe(stats.prefill_s)
+        self._total_s.observe(stats.total_s)
+        self._prompt.observe(stats.num_prompt_tokens)
+        self._output.observe(stats.num_output_tokens)
+
+    def update(self, load: LoadFacts, counters: CounterFacts) -> None:
+        """Bring gauges and counters up to the engine's own numbers."""
+        self._running.set(load.num_running)
+        self._waiting.set(load.num_waiting)
+        self._usage.set(1.0 - load.num_blocks_free / max(1, load.num_blocks_total))
+        self._speed.set(load.prefill_tokens_per_s)
+        self._waiting_tokens.set(load.num_waiting_tokens)
+        self._queries.inc(max(0, counters.prompt_tokens - self._told["prompt_tokens"]))
+        for name, counter in self._totals.items():
+            total = int(getattr(counters, name))
+            counter.inc(max(0, total - self._told[name]))
+            self._told[name] = total
+
+
+class PrefillQueueMetrics:
+    """A prefill worker's two of the four queues of a P/D system."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._queue = metrics.gauge("baton_prefill_queue_requests", "Prompts queued at this prefill worker.")
+        self._held = metrics.gauge("baton_prefill_held_requests", "Tickets whose KV is pinned for a decode worker.")
+        self._held_tokens = metrics.gauge("baton_prefill_held_tokens", "Published tokens not yet released.")
+        self.published_blocks = metrics.counter("baton_published_blocks", "KV blocks published.")
+        self.tickets = metrics.counter("baton_tickets", "Tickets closed, by how they ended.", ("outcome",))
+        self.ignored = metrics.counter("baton_ignored_messages", "Messages without effect (T4).", ("kind",))
+
+    def update(self, load: LoadFacts, num_held: int) -> None:
+        self._queue.set(load.num_waiting)
+        self._held.set(num_held)
+        self._held_tokens.set(load.num_held_tokens)
+
+
+class DecodeQueueMetrics:
+    """A decode worker's two of the four queues, its transfers and its decisions."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._promised = metrics.gauge("baton_decode_promised_requests", "Requests that wait for P to start.")
+        self._filling = metrics.gauge("baton_decode_filling_requests", "Requests whose KV is arriving.")
+        self._transfers = metrics.counter("baton_transfers", "KV hand-overs.", ("transport", "outcome"))
+        self._bytes = metrics.counter("baton_transfer_bytes", "KV bytes pulled.", ("transport",))
+        self._seconds = metrics.histogram(
+            "baton_transfer_seconds", "End of prefill to KV committed.", TRANSFER_BUCKETS, ("transport",)
+        )
+        self._failures = metrics.counter(
+            "baton_verification_failures", "KV that was not what was announced (T2).", ("kind",)
+        )
+        self._decisions = metrics.counter("baton_prefill_decisions", "Where prompts went, and why.", ("path", "reason"))
+        self._fallbacks = metrics.counter("baton_prefill_fallbacks", "Candidates given up, by failure.", ("reason",))
+        self.ignored = metrics.counter("baton_ignored_messages", "Messages without effect (T4).", ("kind",))
+
+    def update(self, load: LoadFacts) -> None:
+        self._promised.set(load.num_promised)
+        self._filling.set(load.num_filling)
+
+    def count_decision(self, path: str, reason: str) -> None:
+        self._decisions.labels(path=path, reason=reason).inc()
+
+    def count_transfer(self, transport: str, num_bytes: int, exposed_s: float) -> None:
+        self._transfers.labels(transport=transport, outcome="committed").inc()
+        self._bytes.labels(transport=transport).inc(num_bytes)
+        self._seconds.labels(transport=transport).observe(exposed_s)
+
+    def count_failure(self, transport: str, kind: str, is_verification: bool) -> None:
+        self._transfers.labels(transport=transport, outcome="failed").inc()
+        self._fallbacks.labels(reason=kind).inc()
+        if is_verification:
+            self._failures.labels(kind=kind).inc()
+
+
+def count_startup(metrics: Metrics, phase_seconds: Mapping[str, float]) -> None:
+    """Show how long each part of the start took."""
+    gauge = metrics.gauge("baton_startup_phase_seconds", "Duration of a part of the start.", ("phase",))
+    for phase, seconds in phase_seconds.items():
+        gauge.labels(phase=phase).set(seconds)
