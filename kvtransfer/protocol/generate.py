@@ -19,7 +19,7 @@ def generate(into: Path) -> None:
 
     Raises: ImportError without grpcio-tools, RuntimeError if protoc refuses the file.
     """
-    from grpc_tools import protoc  # a development dependency, absent in production
+    from grpc_tools import protoc  # a development dependency, absent in production, without type hints
 
     well_known = importlib.resources.files("grpc_tools") / "_proto"
     status: int = protoc.main(
@@ -36,6 +36,13 @@ def generate(into: Path) -> None:
     if status != 0:
         raise RuntimeError(f"protoc ended with status {status}")
     _import_from_package(into / "baton_pb2_grpc.py")
+    _complete_types(into / "baton_pb2.pyi")
+
+
+def _complete_types(path: Path) -> None:
+    """protoc writes bare `Mapping` for a message given as a dict, which strict type checking refuses everywhere."""
+    source = path.read_text()
+    path.write_text(source.replace("_Mapping]", "_Mapping[str, object]"))
 
 
 def _import_from_package(path: Path) -> None:

@@ -1,0 +1,230 @@
+"""The transport seam: how the bytes of published blocks get from P's memory into D's.
+
+    P: BlockSource     one per worker: which ticket may read which block, and the memory itself
+    D: BlockTransport  one per (D, P) pair and kind of transport; opens a BlockPuller per ticket
+       BlockPuller     moves blocks into destinations that the caller owns
+
+Transports only move bytes and report what they saw (`BlockRead`); nothing here decides whether the bytes are right.
+That is done once, above all transports: the digest is taken over the destination in `on_read`, and boot id,
+generation, length and digest are compared by kvtransfer.decode_side. Every transport passes
+tests/contract/test_transport_contract.py:
+
+    memory   in process, the fake that ships                     kvtransfer/memory_transport.py
+    grpc     the Pull stream, over any network                   kvtransfer/grpc_transport.py
+    shm      one host: P's memfd mapped read-only, D copies      kvtransfer/shm_transport.py
+
+NIXL takes its place here as a fourth BlockTransport: `open` exchanges agent metadata once per boot id, `pull` posts
+one READ per run of contiguous blocks and returns only when every posted handle is terminal, for a posted RDMA operation
+cannot be taken back and its destination is not ours until then. The generation table is read after it the same way.
+"""
+
+from __future__ import annotations
+
+import hmac
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvtransfer.errors import BlockNotPublished, TicketRefused
+
+MAX_PIECE_BYTES = 1 << 20
+"""Largest piece of a block in one message or one copy: the bound on how long a cancel waits."""
+
+MAX_OUTSTANDING_BYTES = 64 << 20
+"""Largest sum of published blocks that D has granted credit for and not yet verified."""
+
+TICKET_BYTES = 16
+BOOT_ID_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SourceBlock:
+    """A published block in P's memory, as P announced it."""
+
+    index: int  # position in the prompt, in blocks
+    block_id: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRead:
+    """What a transport saw while it moved one block; compared with the announcement by decode_side."""
+
+    index: int
+    boot_id: bytes  # of the process whose memory was read
+    generation: int  # of the block, read after its last byte was copied
+    num_bytes: int  # that arrived
+
+
+OnRead = Callable[[BlockRead], None]
+"""Called once per block, in order, as soon as its last byte is in place, on the transport's own thread (so that the
+digest is taken while the bytes are in its cache). Must not raise for wrong bytes; if it raises, the pull fails."""
+
+
+class BlockPuller(Protocol):
+    """D's end of one ticket. Not for concurrent pulls."""
+
+    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:
+        """Copy each block into its destination (writable, contiguous, exactly one block long).
+
+        Ownership: from the moment this returns, raises or is cancelled, nothing writes into the destinations; a
+        cancelled pull ends within the time of one piece.
+        Raises: TicketRefused, BlockNotPublished, TransportLost. Afterwards the puller is only good for closing.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Give the ticket's data path back. Idempotent."""
+        ...
+
+
+class BlockTransport(Protocol):
+    """D's end of one way to one prefill worker's memory."""
+
+    @property
+    def name(self) -> str: ...
+
+    async def open(self, ticket: bytes, boot_id: bytes) -> BlockPuller:
+        """Join a ticket of the worker incarnation `boot_id`. A ticket can be joined once.
+
+        Raises: TicketRefused, TransportLost.
+        """
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _OpenTicket:
+    blocks: dict[int, SourceBlock] = field(default_factory=dict[int, SourceBlock])
+    is_joined: bool = False
+
+
+class BlockSource:
+    """P's end for all transports: serves published blocks of joined tickets from one memory region.
+
+    Thread-safe. Owns no KV: `memory` is borrowed for the life of the process. A ticket is opened when it is minted,
+    published into after each chunk, and closed before its blocks lose their transfer owner: when `close` has returned,
+    no read of the ticket through this object is under way, and `generation_table` no longer names generations that only
+    this ticket had published (a same-host reader sees that after its copy).
+    """
+
+    def __init__(self, memory: memoryview, block_bytes: int, boot_id: bytes) -> None:
+        assert block_bytes > 0, block_bytes
+        assert memory.nbytes % block_bytes == 0, (memory.nbytes, block_bytes)
+        assert len(boot_id) == BOOT_ID_BYTES
+        self.boot_id = boot_id
+        self.block_bytes = block_bytes
+        self.num_blocks = memory.nbytes // block_bytes
+        self._memory = memory.cast("B")
+        self._lock = threading.Lock()
+        self._tickets: dict[bytes, _OpenTicket] = {}
+        self._num_publications = [0] * self.num_blocks
+        self.generation_table = GenerationTable(self.num_blocks)
+
+    def open(self, ticket: bytes) -> None:
+        with self._lock:
+            assert ticket not in self._tickets, "a ticket is minted once"
+            self._tickets[ticket] = _OpenTicket()
+
+    def publish(self, ticket: bytes, blocks: Iterable[SourceBlock]) -> None:
+        """Let the holder of `ticket` read these blocks. Their bytes do not change until `close`."""
+        with self._lock:
+            published = self._tickets[ticket].blocks
+            for block in blocks:
+                assert block.index not in published, f"block {block.index} was published twice"
+                published[block.index] = block
+                self._num_publications[block.block_id] += 1
+                self.generation_table[block.block_id] = block.generation
+
+    def close(self, ticket: bytes) -> None:
+        """Forget the ticket and end its reads. Idempotent."""
+        with self._lock:
+            closed = self._tickets.pop(ticket, None)
+            for block in closed.blocks.values() if closed is not None else ():
+                self._num_publications[block.block_id] -= 1
+                if self._num_publications[block.block_id] == 0:
+                    self.generation_table[block.block_id] = NOT_PUBLISHED
+
+    def join(self, ticket: bytes, boot_id: bytes) -> None:
+        """Bind the one data path of a ticket to it.
+
+        Raises: TicketRefused if the ticket is unknown, closed or joined before, or meant for another incarnation.
+        """
+        with self._lock:
+            opened = self._tickets.get(ticket)
+            if opened is None or opened.is_joined or not hmac.compare_digest(boot_id, self.boot_id):
+                raise TicketRefused("unknown, used or closed ticket")
+            opened.is_joined = True
+
+    def lookup(self, ticket: bytes, index: int) -> SourceBlock:
+        """The published block at `index`.
+
+        Raises: TicketRefused once the ticket is closed, BlockNotPublished.
+        """
+        with self._lock:
+            return self._lookup(ticket, index)
+
+    def read_piece(self, ticket: bytes, index: int, offset: int, length: int, prefix: bytes = b"") -> tuple[bytes, int]:
+        """`prefix` and a piece of a block in one bytes object (one copy), and the generation read after the copy.
+
+        The lock is held over the copy of at most MAX_PIECE_BYTES, so that `close` waits for it.
+        Raises: TicketRefused, BlockNotPublished.
+        """
+        assert 0 < length <= MAX_PIECE_BYTES, length
+        with self._lock:
+            block = self._lookup(ticket, index)
+            start = block.block_id * self.block_bytes + offset
+            data = b"".join((prefix, self._memory[start : start + length]))
+            return data, self.generation_table[block.block_id]
+
+    def block(self, block_id: int) -> memoryview:
+        """The bytes of a block (to digest them before they are published)."""
+        return self._memory[block_id * self.block_bytes : (block_id + 1) * self.block_bytes]
+
+    @property
+    def num_open_tickets(self) -> int:
+        with self._lock:
+            return len(self._tickets)
+
+    def _lookup(self, ticket: bytes, index: int) -> SourceBlock:
+        opened = self._tickets.get(ticket)
+        if opened is None or not opened.is_joined:
+            raise TicketRefused("unknown, unjoined or closed ticket")
+        block = opened.blocks.get(index)
+        if block is None:
+            raise BlockNotPublished(f"block {index} is not published under this ticket")
+        return block
+
+
+NOT_PUBLISHED = 2**64 - 1
+"""Entry of the generation table for a block that no open ticket has published."""
+
+
+class GenerationTable:
+    """One 64-bit generation per block in a memfd, so that readers on the same host see it change under their copy.
+
+    Written by P only. An aligned 64-bit store is atomic on every platform we run on.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.fd = os.memfd_create("baton-generations", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, max(1, num_blocks) * 8)
+        self._map = mmap.mmap(self.fd, max(1, num_blocks) * 8)
+        self._words = memoryview(self._map).cast("Q")
+        for block_id in range(num_blocks):
+            self._words[block_id] = NOT_PUBLISHED
+
+    def __getitem__(self, block_id: int) -> int:
+        return self._words[block_id]
+
+    def __setitem__(self, block_id: int, generation: int) -> None:
+        self._words[block_id] = generation
+
+    def close(self) -> None:
+        self._words.release()
+        self._map.close()
+        os.close(self.fd)
