@@ -90,7 +90,7 @@ class HelloReply(_message.Message):
     protocol_version: int
     worker: WorkerInfo
     load: WorkerLoad
-    def __init__(self, protocol_version: _Optional[int] = ..., worker: _Optional[_Union[WorkerInfo, _Mapping[str, object]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping[str, object]] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., worker: _Optional[_Union[WorkerInfo, _Mapping[str, object]]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping[str, object]]] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
     __slots__ = ("worker_id", "role", "boot_id", "model_id", "layout_fingerprint", "numerics_fingerprint", "deterministic", "max_model_len", "block_size", "block_bytes", "num_blocks", "shared_memory_socket", "host_id", "max_num_seqs", "version")
@@ -160,7 +160,7 @@ class Heartbeat(_message.Message):
     NUM_PENDING_FIELD_NUMBER: _ClassVar[int]
     load: WorkerLoad
     num_pending: int
-    def __init__(self, load: _Optional[_Union[WorkerLoad, _Mapping[str, object]] = ..., num_pending: _Optional[int] = ...) -> None: ...
+    def __init__(self, load: _Optional[_Union[WorkerLoad, _Mapping[str, object]]] = ..., num_pending: _Optional[int] = ...) -> None: ...
 
 class GenerateUp(_message.Message):
     __slots__ = ("start", "cancel", "heartbeat")
@@ -170,7 +170,7 @@ class GenerateUp(_message.Message):
     start: GenerateRequest
     cancel: CancelAttempt
     heartbeat: Heartbeat
-    def __init__(self, start: _Optional[_Union[GenerateRequest, _Mapping[str, object]] = ..., cancel: _Optional[_Union[CancelAttempt, _Mapping[str, object]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping[str, object]] = ...) -> None: ...
+    def __init__(self, start: _Optional[_Union[GenerateRequest, _Mapping[str, object]]] = ..., cancel: _Optional[_Union[CancelAttempt, _Mapping[str, object]]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping[str, object]]] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "seed", "stop_token_ids", "ignore_eos", "num_logprobs", "repetition_penalty", "frequency_penalty", "presence_penalty")
@@ -248,7 +248,7 @@ class GenerateRequest(_message.Message):
     deadline_s: float
     cache_salt: bytes
     ttft_objective_s: float
-    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping[str, object]] = ..., choices: _Optional[_Iterable[_Union[ChoiceLog, _Mapping[str, object]]] = ..., prefill_candidates: _Optional[_Iterable[_Union[PrefillCandidate, _Mapping[str, object]]] = ..., disaggregation: _Optional[_Union[Disaggregation, str]] = ..., deadline_s: _Optional[float] = ..., cache_salt: _Optional[bytes] = ..., ttft_objective_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping[str, object]]] = ..., choices: _Optional[_Iterable[_Union[ChoiceLog, _Mapping[str, object]]]] = ..., prefill_candidates: _Optional[_Iterable[_Union[PrefillCandidate, _Mapping[str, object]]]] = ..., disaggregation: _Optional[_Union[Disaggregation, str]] = ..., deadline_s: _Optional[float] = ..., cache_salt: _Optional[bytes] = ..., ttft_objective_s: _Optional[float] = ...) -> None: ...
 
 class CancelAttempt(_message.Message):
     __slots__ = ("key", "choices")
@@ -266,7 +266,7 @@ class GenerateDown(_message.Message):
     accepted: Accepted
     step: Step
     heartbeat: Heartbeat
-    def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping[str, object]] = ..., step: _Optional[_Union[Step, _Mapping[str, object]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping[str, object]] = ...) -> None: ...
+    def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping[str, object]]] = ..., step: _Optional[_Union[Step, _Mapping[str, object]]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping[str, object]]] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("key",)
@@ -280,7 +280,7 @@ class Step(_message.Message):
     ENDED_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[Token]
     ended: _containers.RepeatedCompositeFieldContainer[Ended]
-    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping[str, object]]] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping[str, object]]] = ...) -> None: ...
+    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping[str, object]]]] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping[str, object]]]] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")
@@ -306,7 +306,7 @@ class Token(_message.Message):
     finish: FinishReason
     logprob: float
     top_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
-    def __init__(self, key: _Optional[int] = ..., choice: _Optional[int] = ..., index: _Optional[int] = ..., token_id: _Optional[int] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping[str, object]]] = ...) -> None: ...
+    def __init__(self, key: _Optional[int] = ..., choice: _Optional[int] = ..., index: _Optional[int] = ..., token_id: _Optional[int] = ..., finish: _Optional[_Union[FinishReason, str]] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping[str, object]]]] = ...) -> None: ...
 
 class Ended(_message.Message):
     __slots__ = ("key", "reason", "message", "stats")
@@ -318,7 +318,7 @@ class Ended(_message.Message):
     reason: EndReason
     message: str
     stats: AttemptStats
-    def __init__(self, key: _Optional[int] = ..., reason: _Optional[_Union[EndReason, str]] = ..., message: _Optional[str] = ..., stats: _Optional[_Union[AttemptStats, _Mapping[str, object]] = ...) -> None: ...
+    def __init__(self, key: _Optional[int] = ..., reason: _Optional[_Union[EndReason, str]] = ..., message: _Optional[str] = ..., stats: _Optional[_Union[AttemptStats, _Mapping[str, object]]] = ...) -> None: ...
 
 class AttemptStats(_message.Message):
     __slots__ = ("num_cached_tokens", "prefill_path", "path_reason", "prefill_worker_id", "queue_s", "prefill_s", "transfer_s", "transfer_bytes", "transport")
@@ -354,7 +354,7 @@ class PrefillUp(_message.Message):
     acknowledge: AcknowledgeBlocks
     release: ReleaseTicket
     heartbeat: Heartbeat
-    def __init__(self, start: _Optional[_Union[StartPrefill, _Mapping[str, object]] = ..., credit: _Optional[_Union[GrantCredit, _Mapping[str, object]] = ..., acknowledge: _Optional[_Union[AcknowledgeBlocks, _Mapping[str, object]] = ..., release: _Optional[_Union[ReleaseTicket, _Mapping[str, object]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping[str, object]] = ...) -> None: ...
+    def __init__(self, start: _Optional[_Union[StartPrefill, _Mapping[str, object]]] = ..., credit: _Optional[_Union[GrantCredit, _Mapping[str, object]]] = ..., acknowledge: _Optional[_Union[AcknowledgeBlocks, _Mapping[str, object]]] = ..., release: _Optional[_Union[ReleaseTicket, _Mapping[str, object]]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping[str, object]]] = ...) -> None: ...
 
 class StartPrefill(_message.Message):
     __slots__ = ("transfer_id", "request_id", "token_ids", "num_blocks_held", "sampling", "choices", "layout_fingerprint", "cache_salt", "deadline_s", "ttft_left_s")
@@ -378,7 +378,7 @@ class StartPrefill(_message.Message):
     cache_salt: bytes
     deadline_s: float
     ttft_left_s: float
-    def __init__(self, transfer_id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_blocks_held: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping[str, object]] = ..., choices: _Optional[_Iterable[int]] = ..., layout_fingerprint: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., deadline_s: _Optional[float] = ..., ttft_left_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, transfer_id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_blocks_held: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping[str, object]]] = ..., choices: _Optional[_Iterable[int]] = ..., layout_fingerprint: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., deadline_s: _Optional[float] = ..., ttft_left_s: _Optional[float] = ...) -> None: ...
 
 class GrantCredit(_message.Message):
     __slots__ = ("ticket", "num_blocks")
@@ -420,7 +420,7 @@ class PrefillDown(_message.Message):
     manifest: Manifest
     failed: PrefillFailed
     heartbeat: Heartbeat
-    def __init__(self, queued: _Optional[_Union[Queued, _Mapping[str, object]] = ..., starting: _Optional[_Union[Starting, _Mapping[str, object]] = ..., published: _Optional[_Union[Published, _Mapping[str, object]] = ..., manifest: _Optional[_Union[Manifest, _Mapping[str, object]] = ..., failed: _Optional[_Union[PrefillFailed, _Mapping[str, object]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping[str, object]] = ...) -> None: ...
+    def __init__(self, queued: _Optional[_Union[Queued, _Mapping[str, object]]] = ..., starting: _Optional[_Union[Starting, _Mapping[str, object]]] = ..., published: _Optional[_Union[Published, _Mapping[str, object]]] = ..., manifest: _Optional[_Union[Manifest, _Mapping[str, object]]] = ..., failed: _Optional[_Union[PrefillFailed, _Mapping[str, object]]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping[str, object]]] = ...) -> None: ...
 
 class Queued(_message.Message):
     __slots__ = ("transfer_id", "ticket", "boot_id")
@@ -462,7 +462,7 @@ class Published(_message.Message):
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     ticket: bytes
     blocks: _containers.RepeatedCompositeFieldContainer[BlockRef]
-    def __init__(self, ticket: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[BlockRef, _Mapping[str, object]]] = ...) -> None: ...
+    def __init__(self, ticket: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[BlockRef, _Mapping[str, object]]]] = ...) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("choice", "token_id", "logprob", "top_logprobs")
@@ -474,7 +474,7 @@ class FirstToken(_message.Message):
     token_id: int
     logprob: float
     top_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
-    def __init__(self, choice: _Optional[int] = ..., token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping[str, object]]] = ...) -> None: ...
+    def __init__(self, choice: _Optional[int] = ..., token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., top_logprobs: _Optional[_Iterable[_Union[TokenLogprob, _Mapping[str, object]]]] = ...) -> None: ...
 
 class Manifest(_message.Message):
     __slots__ = ("ticket", "boot_id", "layout_fingerprint", "num_prompt_tokens", "num_blocks", "digest", "tail", "first_tokens", "queue_s", "prefill_s")
@@ -498,7 +498,7 @@ class Manifest(_message.Message):
     first_tokens: _containers.RepeatedCompositeFieldContainer[FirstToken]
     queue_s: float
     prefill_s: float
-    def __init__(self, ticket: _Optional[bytes] = ..., boot_id: _Optional[bytes] = ..., layout_fingerprint: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., digest: _Optional[bytes] = ..., tail: _Optional[_Union[BlockRef, _Mapping[str, object]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping[str, object]]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, ticket: _Optional[bytes] = ..., boot_id: _Optional[bytes] = ..., layout_fingerprint: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., digest: _Optional[bytes] = ..., tail: _Optional[_Union[BlockRef, _Mapping[str, object]]] = ..., first_tokens: _Optional[_Iterable[_Union[FirstToken, _Mapping[str, object]]]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ...) -> None: ...
 
 class PrefillFailed(_message.Message):
     __slots__ = ("transfer_id", "ticket", "reason", "message")
@@ -518,7 +518,7 @@ class PullUp(_message.Message):
     WANT_FIELD_NUMBER: _ClassVar[int]
     join: JoinTicket
     want: WantBlocks
-    def __init__(self, join: _Optional[_Union[JoinTicket, _Mapping[str, object]] = ..., want: _Optional[_Union[WantBlocks, _Mapping[str, object]] = ...) -> None: ...
+    def __init__(self, join: _Optional[_Union[JoinTicket, _Mapping[str, object]]] = ..., want: _Optional[_Union[WantBlocks, _Mapping[str, object]]] = ...) -> None: ...
 
 class JoinTicket(_message.Message):
     __slots__ = ("ticket", "boot_id")

@@ -42,7 +42,7 @@ def generate(into: Path) -> None:
 def _complete_types(path: Path) -> None:
     """protoc writes bare `Mapping` for a message given as a dict, which strict type checking refuses everywhere."""
     source = path.read_text()
-    path.write_text(source.replace("_Mapping]", "_Mapping[str, object]"))
+    path.write_text(source.replace("_Mapping]", "_Mapping[str, object]]"))
 
 
 def _import_from_package(path: Path) -> None:
