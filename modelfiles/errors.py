@@ -6,9 +6,11 @@
     │   └── DigestMismatch       bytes are not the ones that were asked for
     ├── UnsupportedModel         a valid model that needs something we do not have; names it
     ├── WeightsMismatch          tensors missing, unexpected or of the wrong shape
+    ├── CacheError               the model cache cannot be written
+    │   ├── NoDiskSpace          its disk is full
+    │   └── CacheNotWritable     its folder belongs to somebody else
     └── FetchError               a download did not finish (retryable once its cause is gone)
         ├── OfflineError         the network is needed and was forbidden
-        ├── NoDiskSpace          the model cache's disk is full
         └── ClientMissing        no download client on this machine
 
 Every message says what was found, where, and what to do about it.
@@ -41,16 +43,24 @@ class WeightsMismatch(ModelFilesError):
     """The tensors on disk are not those that the config describes."""
 
 
+class CacheError(ModelFilesError):
+    """The model cache cannot be written."""
+
+
+class NoDiskSpace(CacheError):
+    """The disk that holds the model cache is full."""
+
+
+class CacheNotWritable(CacheError):
+    """The model cache's folder may not be written by this user."""
+
+
 class FetchError(ModelFilesError):
     """A download did not finish. What was fetched is kept; trying again continues."""
 
 
 class OfflineError(FetchError):
     """The files are not in the cache and the network is switched off."""
-
-
-class NoDiskSpace(FetchError):
-    """The disk that holds the model cache is full."""
 
 
 class ClientMissing(FetchError):

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from modelfiles.errors import MalformedModel, UnsupportedModel
+from modelfiles.mapping import map_file
 
 MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
@@ -211,12 +212,10 @@ def read_gguf(path: Path) -> GgufFile:
 
     Raises: MalformedModel (not GGUF, truncated, inconsistent), UnsupportedModel (version, byte order).
     """
-    with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        if size < 24:
-            raise MalformedModel(f"{path}: {size} bytes are too few for a GGUF file")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    cursor = _Cursor(path, data)
+    size = path.stat().st_size
+    if size < 24:
+        raise MalformedModel(f"{path}: {size} bytes are too few for a GGUF file")
+    cursor = _Cursor(path, map_file(path))
     try:
         return _parse(cursor)
     except struct.error as error:

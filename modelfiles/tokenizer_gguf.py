@@ -8,7 +8,7 @@ transformers 5.23 builds the same except where its table misses a name: "smollm"
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -178,7 +178,7 @@ def _merges_from_scores(file: GgufFile, vocab: Mapping[str, int]) -> list[tuple[
 
 
 @contextmanager
-def _consistent(file: GgufFile) -> Iterator[None]:
+def _consistent(file: GgufFile) -> Generator[None]:
     """tokenizers raises bare Exception, e.g. for a merge of pieces that the vocabulary lacks."""
     try:
         yield
