@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from kvtransfer import frames
 from kvtransfer.errors import BlockNotPublished, TicketRefused
 
 MAX_PIECE_BYTES = 1 << 20
@@ -168,18 +169,19 @@ class BlockSource:
         with self._lock:
             return self._lookup(ticket, index)
 
-    def read_piece(self, ticket: bytes, index: int, offset: int, length: int, prefix: bytes = b"") -> tuple[bytes, int]:
-        """`prefix` and a piece of a block in one bytes object (one copy), and the generation read after the copy.
+    def read_frame(self, ticket: bytes, index: int, offset: int, length: int) -> bytes:
+        """A piece of a block as one PullDown message, made with one copy.
 
-        The lock is held over the copy of at most MAX_PIECE_BYTES, so that `close` waits for it.
+        The lock is held over the copy of at most MAX_PIECE_BYTES, so that `close` waits for it, and so that the
+        generation in the header is the one that the bytes had.
         Raises: TicketRefused, BlockNotPublished.
         """
         assert 0 < length <= MAX_PIECE_BYTES, length
         with self._lock:
             block = self._lookup(ticket, index)
             start = block.block_id * self.block_bytes + offset
-            data = b"".join((prefix, self._memory[start : start + length]))
-            return data, self.generation_table[block.block_id]
+            header = frames.encode_header(index, offset, self.generation_table[block.block_id], length)
+            return b"".join((header, self._memory[start : start + length]))
 
     def block(self, block_id: int) -> memoryview:
         """The bytes of a block (to digest them before they are published)."""

@@ -6,9 +6,11 @@ a temporary folder and compares.
 
 from __future__ import annotations
 
+import importlib
 import importlib.resources
 import sys
 from pathlib import Path
+from typing import Any
 
 PROTOCOL_DIR = Path(__file__).resolve().parent
 GENERATED = ("baton_pb2.py", "baton_pb2.pyi", "baton_pb2_grpc.py")
@@ -19,8 +21,7 @@ def generate(into: Path) -> None:
 
     Raises: ImportError without grpcio-tools, RuntimeError if protoc refuses the file.
     """
-    from grpc_tools import protoc  # a development dependency, absent in production, without type hints
-
+    protoc: Any = importlib.import_module("grpc_tools.protoc")  # only in development; has no type hints
     well_known = importlib.resources.files("grpc_tools") / "_proto"
     status: int = protoc.main(
         [
