@@ -16,9 +16,18 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.config import EngineConfig
+from engine.errors import ConfigInvalid
+from engine.messages import EngineRequest
+from engine.request import SamplingParams
+
 if TYPE_CHECKING:
+    from engine.batch import Runner
     from engine.engine import Engine
     from engine.kv_memory import KVMemory
+    from engine.runner import CpuRunner
+    from engine.sizing import HostLimits
+    from modelfiles.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +42,8 @@ class LoadPhase(Enum):
     LOAD_WEIGHTS = "load_weights"
     WARMUP = "warmup"
 
+
+WARMUP_TOKENS = 64
 
 OnProgress = Callable[[LoadPhase, float], None]
 
@@ -51,6 +62,8 @@ class ReplicaSpec:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     prefix_caching: bool = True
+    max_held_tokens: int = 65536
+    workers_on_host: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +105,110 @@ def numerics_fingerprint(layout: str, torch_version: str, isa: str, num_threads:
 
 def _fingerprint(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def load_replica(spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
+    """Read, size, load, warm up. Slow; call it on a thread of its own.
+
+    Raises: what modelfiles raises for a model that cannot be read, ConfigInvalid, MemoryTooSmall.
+    """
+    from engine import sizing
+    from modelfiles.config import load_config
+    from modelfiles.digest import model_digest
+
+    on_progress(LoadPhase.READ_MODEL, 0.0)
+    config = load_config(spec.model)
+    digest = model_digest(spec.model)
+    limits = sizing.read_host_limits()
+    num_threads = spec.num_threads or sizing.derive_threads(limits, spec.workers_on_host)
+
+    on_progress(LoadPhase.LOAD_WEIGHTS, 0.0)
+    runner, kv = _load_runner(spec, config, limits, num_threads)
+
+    on_progress(LoadPhase.WARMUP, 0.0)
+    max_model_len = _max_model_len(spec, config)
+    engine = _make_engine(spec, config, runner, kv.num_blocks, max_model_len, digest)
+    _warm_up(engine, min(max_model_len, spec.max_num_batched_tokens))
+    identity = _identify(spec, kv, digest, num_threads, max_model_len)
+    on_progress(LoadPhase.WARMUP, 1.0)
+    return Replica(identity, engine, kv)
+
+
+def _max_model_len(spec: ReplicaSpec, config: ModelConfig) -> int:
+    if spec.max_model_len > config.max_position_embeddings:
+        rule = f"the model was trained for {config.max_position_embeddings} positions"
+        raise ConfigInvalid("max_model_len", spec.max_model_len, rule)
+    return spec.max_model_len or config.max_position_embeddings
+
+
+def _load_runner(
+    spec: ReplicaSpec, config: ModelConfig, limits: HostLimits, num_threads: int
+) -> tuple[CpuRunner, KVMemory]:
+    """Weights and KV memory on the device, and what runs batches over them."""
+    from engine import sizing
+    from engine.kv_memory import KVMemory, KVShape
+    from engine.runner import CpuRunner
+    from modelfiles.weights import open_weights
+
+    weights = open_weights(spec.model, num_threads=num_threads)
+    shape = KVShape(config.num_kv_heads, config.num_layers, spec.block_size, config.head_dim)
+    blocks_per_sequence = -(-_max_model_len(spec, config) // spec.block_size)
+    size = sizing.derive_kv_size(
+        limits,
+        block_bytes=shape.block_bytes,
+        min_blocks=blocks_per_sequence,
+        weight_bytes=weights.num_bytes,
+        workers_on_host=spec.workers_on_host,
+        requested_bytes=spec.kv_memory_bytes,
+        max_blocks=blocks_per_sequence * spec.max_num_seqs,
+    )
+    log.info("KV memory: %s", size.explanation, extra={"num_threads": num_threads})
+    kv = KVMemory(shape, size.num_blocks)
+    return CpuRunner(config, weights, kv, spec.deterministic, num_threads), kv
+
+
+def _make_engine(
+    spec: ReplicaSpec, config: ModelConfig, runner: Runner, num_blocks: int, max_model_len: int, digest: str
+) -> Engine:
+    from engine.engine import Engine
+
+    engine_config = EngineConfig(
+        num_blocks=num_blocks,
+        block_size=spec.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=spec.max_num_seqs,
+        max_num_batched_tokens=spec.max_num_batched_tokens,
+        eos_token_ids=config.eos_token_ids,
+        prefix_caching=spec.prefix_caching,
+        cache_namespace=digest.encode(),
+        max_held_tokens=spec.max_held_tokens,
+    )
+    return Engine(engine_config, runner)
+
+
+def _warm_up(engine: Engine, num_tokens: int) -> None:
+    """One prompt and two decode steps: code is compiled, threads exist, and the first prefill speed is measured."""
+    prompt = tuple(3 + i % 7 for i in range(max(1, min(WARMUP_TOKENS, num_tokens - 3))))
+    sampling = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+    request = EngineRequest(0, "warm-up", prompt, sampling, cache_salt=b"warm-up")
+    engine.match(request)
+    engine.start_local(0)
+    while engine.has_work:
+        engine.step()
+
+
+def _identify(spec: ReplicaSpec, kv: KVMemory, digest: str, num_threads: int, max_model_len: int) -> ReplicaIdentity:
+    import torch
+
+    layout = layout_fingerprint(digest, spec.dtype, spec.block_size)
+    isa = torch.backends.cpu.get_cpu_capability()
+    return ReplicaIdentity(
+        layout_fingerprint=layout,
+        numerics_fingerprint=numerics_fingerprint(layout, torch.__version__, isa, num_threads, spec.deterministic),
+        deterministic=spec.deterministic,
+        max_model_len=max_model_len,
+        block_size=spec.block_size,
+        block_bytes=kv.block_bytes,
+        num_blocks=kv.num_blocks,
+        max_num_seqs=spec.max_num_seqs,
+    )

@@ -36,13 +36,11 @@ def host_id() -> str:
     return hashlib.sha256(f"{boot} {namespace}".encode()).hexdigest()[:32]
 
 
-def read_secret(path: Path | None) -> str:
-    """The service's secret from its file, or "" where the service has none (tests, a single process).
+def read_secret(path: Path) -> str:
+    """The service's secret from its file.
 
     Raises: ValueError naming what is wrong with the file, never its content.
     """
-    if path is None:
-        return ""
     if stat.S_IMODE(path.stat().st_mode) & 0o007:
         log.warning("secret file is readable by everyone on this host", extra={"path": str(path)})
     secret = path.read_text().strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvtransfer.auth import Secret
 from servicekit.config import option, parse_address, parse_bytes, power_of_two
 from servicekit.lifecycle import read_secret
 
@@ -38,7 +39,7 @@ class WorkerConfig:
         ("127.0.0.1", 0), help="address of health and metrics; port 0: any", parse=parse_address, metavar="HOST:PORT"
     )
     advertise: str = option("", help="host that others reach this worker by; empty: that of --listen")
-    secret_file: Path | None = option(None, help="file with the service's secret; callers must prove it")
+    secret_file: Path = option(help="file with the service's secret; only callers that prove it are served")
     registry_dir: Path | None = option(None, help="local mode: folder where this worker announces itself")
     parent_fd: int | None = option(None, help="exit when this pipe closes", minimum=0)
 
@@ -47,6 +48,7 @@ class WorkerConfig:
     kv_memory: int | None = option(
         None, help="bytes of KV memory, or auto", parse=_bytes_or_auto, metavar="BYTES|auto", minimum=1
     )
+    workers_on_host: int = option(1, help="workers that share this host's memory and cores", minimum=1, maximum=1024)
     block_size: int = option(16, help="tokens per KV block", minimum=1, maximum=1024, check=power_of_two)
     max_num_seqs: int = option(64, help="sequences in one batch", minimum=1, maximum=65536)
     max_num_batched_tokens: int = option(512, help="tokens in one batch", minimum=1, maximum=1 << 20)
@@ -64,5 +66,6 @@ class WorkerConfig:
     def served_model_id(self) -> str:
         return self.model_id or self.model.stem
 
-    def load_secret(self) -> str:
-        return read_secret(self.secret_file)
+    def load_secret(self) -> Secret:
+        """Raises: ValueError, OSError."""
+        return Secret(read_secret(self.secret_file))

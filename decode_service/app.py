@@ -1,0 +1,84 @@
+"""The gRPC face of a decode worker: Hello and the Generate streams. No decision is made here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from decode_service.attempts import Attempts
+from decode_service.stream import GatewayStream
+from kvtransfer.liveness import HEARTBEAT_INTERVAL_S
+from kvtransfer.protocol import baton_pb2 as pb
+from kvtransfer.protocol import baton_pb2_grpc as rpc
+from workerkit.engine_client import EngineClient
+from workerkit.messages import PROTOCOL_VERSION, worker_load
+
+log = logging.getLogger(__name__)
+
+MAX_STREAMS = 256
+
+
+class DecodeServicer(rpc.DecodeWorkerServicer):
+    """Streams in and out; `Attempts` does the work."""
+
+    def __init__(self, attempts: Attempts, engine: EngineClient, info: pb.WorkerInfo) -> None:
+        self._attempts = attempts
+        self._engine = engine
+        self._info = info
+        self._streams: set[GatewayStream] = set()
+
+    async def Hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloReply:
+        return pb.HelloReply(protocol_version=PROTOCOL_VERSION, worker=self._info, load=self._load())
+
+    async def Generate(
+        self, request_iterator: AsyncIterator[pb.GenerateUp], context: Any
+    ) -> AsyncIterator[pb.GenerateDown]:
+        """One gateway's stream. Its end, however it comes, cancels every attempt on it."""
+        if len(self._streams) >= MAX_STREAMS:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"streams: the limit is {MAX_STREAMS}")
+        stream = GatewayStream(time.monotonic())
+        self._streams.add(stream)
+        reader = asyncio.create_task(self._read(stream, request_iterator), name="generate-read")
+        try:
+            stream.heartbeat(self._load())
+            async for message in stream.messages():
+                yield message
+        finally:
+            self._streams.discard(stream)
+            self._attempts.leave(stream)
+            reader.cancel()
+
+    async def beat(self) -> None:
+        """Say each second that we live, with the engine's step counter; cut gateways that fell silent."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            load, now = self._load(), time.monotonic()
+            for stream in list(self._streams):
+                if stream.is_silent(now):
+                    log.warning("gateway fell silent", extra={"num_attempts": len(stream.keys)})
+                    stream.cut()
+                stream.heartbeat(load)
+
+    async def _read(self, stream: GatewayStream, requests: AsyncIterator[pb.GenerateUp]) -> None:
+        try:
+            async for message in requests:
+                stream.liveness.heard(time.monotonic())
+                match message.WhichOneof("kind"):
+                    case "start":
+                        self._attempts.start(stream, message.start)
+                    case "cancel":
+                        self._attempts.cancel(stream, message.cancel)
+                    case _:
+                        pass  # a heartbeat, or a kind of a newer gateway: it lives
+        finally:
+            stream.cut()  # the gateway closed its half, or the connection broke
+
+    def _load(self) -> pb.WorkerLoad:
+        load = worker_load(self._engine.load)
+        load.draining = load.draining or self._attempts.is_draining
+        return load

@@ -1,0 +1,53 @@
+"""Between the Generate stream and the engine: requests in, tokens and ends out. Conversions only."""
+
+from __future__ import annotations
+
+from engine.messages import ChoiceStart, EndReason, EngineRequest, RequestEnded, TokenEvent
+from kvtransfer.protocol import baton_pb2 as pb
+from workerkit.messages import sampling_params, token_logprobs
+
+_END_REASONS = {
+    EndReason.FINISHED: pb.END_FINISHED,
+    EndReason.CANCELLED: pb.END_CANCELLED,
+    EndReason.DEADLINE: pb.END_DEADLINE,
+    EndReason.INVALID: pb.END_INVALID,
+    EndReason.INTERNAL: pb.END_INTERNAL,
+}
+
+
+def engine_request(message: pb.GenerateRequest, engine_key: int, now: float) -> EngineRequest:
+    """`now` is the engine's clock; a deadline of 0 means none."""
+    return EngineRequest(
+        key=engine_key,
+        request_id=message.request_id,
+        prompt_token_ids=tuple(message.prompt_token_ids),
+        sampling=sampling_params(message.sampling),
+        choices=tuple(
+            ChoiceStart(log.choice, tuple(log.committed_token_ids)) for log in message.choices if not log.finished
+        ),
+        cache_salt=message.cache_salt,
+        deadline=now + message.deadline_s if message.deadline_s > 0 else float("inf"),
+    )
+
+
+def first_token_choices(request: EngineRequest) -> tuple[int, ...]:
+    """Choices whose first token P may draw: all of them, or none if any log holds tokens (failover)."""
+    if any(choice.committed_token_ids for choice in request.choices):
+        return ()
+    return tuple(choice.choice for choice in request.choices)
+
+
+def token_message(gateway_key: int, event: TokenEvent) -> pb.Token:
+    return pb.Token(
+        key=gateway_key,
+        choice=event.choice,
+        index=event.index,
+        token_id=event.token.token_id,
+        finish=pb.FINISH_NONE if event.finish is None else pb.FinishReason.ValueType(event.finish.value),
+        logprob=event.token.logprob,
+        top_logprobs=token_logprobs(event.token) if event.token.top_logprobs else None,
+    )
+
+
+def end_reason(ended: RequestEnded) -> pb.EndReason:
+    return _END_REASONS[ended.reason]

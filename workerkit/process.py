@@ -1,0 +1,239 @@
+"""A worker process around its work: probes first, weights, server, registration, drain, exit.
+
+    begin -> load -> serve gRPC -> announce -> until_end -> (the role's own drain) -> end
+
+The role's `worker.py` calls these in this order; that function is the process's whole flow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import grpc
+
+from engine.worker import LoadPhase, Replica, ReplicaSpec, load_replica
+from kvtransfer.auth import SecretInterceptor
+from kvtransfer.protocol import baton_pb2 as pb
+from servicekit import failpoints, lifecycle, logs
+from servicekit.health import HealthState, HttpServer, Phase, ProgressWatch, health_app, start_http
+from servicekit.metrics import Metrics
+from workerkit.config import WorkerConfig
+from workerkit.engine_client import EngineClient
+from workerkit.messages import worker_info
+from workerkit.metrics import count_startup
+
+log = logging.getLogger(__name__)
+
+# The engine's Python runs beside this loop's: 0.5 ms keeps heartbeats and tokens prompt (5 ms is the default).
+SWITCH_INTERVAL_S = 0.0005
+MAX_MESSAGE_BYTES = 32 << 20  # a prompt of a million tokens, as varints, with its logs
+EXIT_ENGINE_FAILED = 70  # EX_SOFTWARE
+
+# Shares of the start measured with SmolLM2 on 2 cores; they only shape the percent.
+PHASES = (
+    Phase(LoadPhase.READ_MODEL.value, 1),
+    Phase(LoadPhase.LOAD_WEIGHTS.value, 6),
+    Phase(LoadPhase.WARMUP.value, 2),
+    Phase("register", 1),
+)
+
+
+class WorkerProcess:
+    """One worker. Everything here runs on the asyncio loop of the main thread, except the loading itself."""
+
+    def __init__(self, config: WorkerConfig, role: pb.Role) -> None:
+        """Raises: ValueError for a secret file or failpoints that cannot be used."""
+        self.config = config
+        self.role = role
+        self.boot_id = lifecycle.new_boot_id()
+        self.host_id = lifecycle.host_id()
+        self.secret = config.load_secret()
+        self.failpoints = failpoints.parse(config.failpoints, os.environ)
+        self.health = HealthState(PHASES)
+        self.metrics = Metrics(config.served_model_id, config.worker_id)
+        self.drain_signal = lifecycle.DrainSignal()
+        self.refresh_metrics: Callable[[], None] = lambda: None
+        self._engine_failed = asyncio.Event()
+        self._http: HttpServer | None = None
+        self._server: grpc.aio.Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._unannounce = contextlib.ExitStack()
+
+    async def begin(self) -> None:
+        """Answer probes and signals before anything slow happens."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self.drain_signal.install()
+        self._http = await start_http(health_app(self.health, self._render_metrics), *self.config.http)
+        log.info("probes answer", extra={"http": f"{self._http.host}:{self._http.port}"})
+
+    async def load(self) -> Replica | None:
+        """Build the replica on a thread of its own; None if a drain was asked for before it was ready."""
+        loop = asyncio.get_running_loop()
+        loaded: asyncio.Future[Replica] = loop.create_future()
+
+        def on_progress(phase: LoadPhase, fraction: float) -> None:
+            loop.call_soon_threadsafe(self._note_progress, phase, fraction)
+
+        def run() -> None:
+            try:
+                replica = load_replica(self._replica_spec(), on_progress)
+            except BaseException as error:
+                loop.call_soon_threadsafe(_settle, loaded.set_exception, error, loaded)
+            else:
+                loop.call_soon_threadsafe(_settle, loaded.set_result, replica, loaded)
+
+        # A daemon: a drain while weights load must not wait for them.
+        threading.Thread(target=run, name="load", daemon=True).start()
+        drained = asyncio.create_task(self.drain_signal.wait())
+        await asyncio.wait((loaded, drained), return_when=asyncio.FIRST_COMPLETED)
+        drained.cancel()
+        return await loaded if loaded.done() else None
+
+    def describe(self, replica: Replica, shared_memory_socket: str = "") -> pb.WorkerInfo:
+        return worker_info(
+            replica.identity,
+            worker_id=self.config.worker_id,
+            role=self.role,
+            boot_id=self.boot_id,
+            model_id=self.config.served_model_id,
+            host_id=self.host_id,
+            shared_memory_socket=shared_memory_socket,
+            version=_version(),
+        )
+
+    async def serve(self, add: Callable[[grpc.aio.Server], None]) -> str:
+        """Open the gRPC port; returns the address that others reach it by."""
+        server = grpc.aio.server(
+            interceptors=[SecretInterceptor(self.secret)],
+            options=[
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),  # two workers on one port must not pass unnoticed
+            ],
+        )
+        add(server)
+        host, port = self.config.listen
+        bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+        await server.start()
+        self._server = server
+        return f"{self.config.advertise or host}:{bound}"
+
+    def announce(self, address: str) -> None:
+        """Ready: the health port says so, and in local mode the registry folder."""
+        assert self._http is not None
+        self.health.enter("register")
+        entry = lifecycle.RegistryEntry(
+            worker_id=self.config.worker_id,
+            role="prefill" if self.role == pb.ROLE_PREFILL else "decode",
+            address=address,
+            http=f"{self.config.advertise or self._http.host}:{self._http.port}",
+            boot_id=self.boot_id.hex(),
+            pid=os.getpid(),
+        )
+        self._unannounce.enter_context(lifecycle.registered(self.config.registry_dir, entry))
+        self.health.ready()
+        count_startup(self.metrics, self.health.phase_seconds)
+        log.info("ready", extra={"address": address, "phase_seconds": self.health.phase_seconds})
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Run beside the servers until the end."""
+        self._tasks.append(asyncio.create_task(work, name=name))
+
+    def engine_failed(self) -> None:
+        self._engine_failed.set()
+
+    async def until_end(self, engine: EngineClient) -> int:
+        """Wait for a drain signal (0) or the engine's failure. Then nobody is sent here any more."""
+        watch = asyncio.create_task(self._watch_progress(engine), name="progress")
+        waits = [asyncio.create_task(self.drain_signal.wait()), asyncio.create_task(self._engine_failed.wait())]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for task in (*waits, watch):
+            task.cancel()
+        self._unannounce.close()
+        if self._engine_failed.is_set():
+            self.health.fail("the engine failed")
+            return EXIT_ENGINE_FAILED
+        self.health.drain()
+        return 0
+
+    async def end(self) -> None:
+        """Close the ports. What still runs is cut."""
+        self._unannounce.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._server is not None:
+            await self._server.stop(grace=0.5)
+        if self._http is not None:
+            await self._http.stop()
+        log.info("ended")
+
+    # ------------------------------------------------------------ parts
+
+    def _replica_spec(self) -> ReplicaSpec:
+        config = self.config
+        return ReplicaSpec(
+            model=config.model,
+            dtype=config.dtype,
+            deterministic=config.deterministic,
+            max_model_len=config.max_model_len,
+            num_threads=config.threads,
+            kv_memory_bytes=config.kv_memory,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            prefix_caching=config.prefix_caching,
+            workers_on_host=config.workers_on_host,
+        )
+
+    def _note_progress(self, phase: LoadPhase, fraction: float) -> None:
+        if self.health.phase != phase.value:
+            self.health.enter(phase.value)
+        self.health.progress(fraction)
+
+    def _render_metrics(self) -> bytes:
+        self.refresh_metrics()
+        return self.metrics.render()
+
+    async def _watch_progress(self, engine: EngineClient) -> None:
+        """Liveness means steps: pending work without one makes /livez fail."""
+        watch = ProgressWatch(time.monotonic())
+        while True:
+            await asyncio.sleep(1.0)
+            load = engine.load
+            num_pending = load.num_running + load.num_waiting
+            self.health.stalled = watch.observe(time.monotonic(), load.step_counter, num_pending, load.predicted_step_s)
+
+
+def run_process(main: Callable[[], Coroutine[Any, Any, int]], config: WorkerConfig, role_name: str) -> None:
+    """Logs, the parent's pipe, the loop; then exit at once, whatever threads still run."""
+    logs.setup(config.log_level, config.log_format, config.worker_id or role_name)
+    lifecycle.watch_parent(config.parent_fd)
+    try:
+        status = asyncio.run(main())
+    except Exception as error:
+        log.error("worker failed", exc_info=error)
+        status = 1
+    logging.shutdown()
+    os._exit(status)
+
+
+def _settle(settle: Callable[[Any], None], value: object, future: asyncio.Future[Any]) -> None:
+    if not future.done():
+        settle(value)
+
+
+def _version() -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("baton-serving")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+source"
