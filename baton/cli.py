@@ -1,0 +1,129 @@
+"""The `baton` command: up, ps, scale, logs, down, pull, doctor, version.
+
+Each command imports what it needs when it runs, so that `baton --help` answers at once. Errors are one message and an
+exit code (1: it failed, 2: it was asked wrongly), never a stack trace.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="baton",
+    help="Disaggregated LLM serving. Start here: `baton up`.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # importing rich would double the time of --help
+    pretty_exceptions_enable=False,
+)
+
+FileOption = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", help="LLMService YAML; default: SmolLM2 on this machine", show_default=False),
+]
+NameOption = Annotated[
+    str | None,
+    typer.Option("--name", help="the service's metadata.name; needed only when several are up", show_default=False),
+]
+
+
+@app.command()
+def up(
+    file: FileOption = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="the gateway's port", show_default=False)] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="return once the service answers")] = False,
+) -> None:
+    """Start gateway, prefill and decode workers; Ctrl-C stops them."""
+    from baton.local.up import start_detached, start_in_foreground
+
+    (start_detached if detach else start_in_foreground)(file, port)
+
+
+@app.command()
+def ps(
+    name: NameOption = None,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Show the processes of a service: state, load of the machine, restarts."""
+    from baton.local.commands import show_processes
+
+    show_processes(name, as_json=json)
+
+
+@app.command()
+def scale(
+    pool: Annotated[str, typer.Argument(help="prefill or decode")],
+    replicas: Annotated[int, typer.Argument(help="how many workers it should have")],
+    name: NameOption = None,
+    wait: Annotated[bool, typer.Option(help="return when the pool has that many ready workers")] = True,
+) -> None:
+    """Give a pool more or fewer workers; those that go finish their requests first."""
+    from baton.local.commands import scale_pool
+
+    scale_pool(name, pool, replicas, wait=wait)
+
+
+@app.command()
+def logs(
+    worker: Annotated[
+        str | None, typer.Argument(help="gateway, prefill-0, decode-0 ...; default: all", show_default=False)
+    ] = None,
+    name: NameOption = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on printing what is added")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="how many of the last lines")] = 50,
+) -> None:
+    """Print the logs of a service, also after it has ended."""
+    from baton.local.commands import show_logs
+
+    show_logs(name, worker, follow=follow, num_lines=lines)
+
+
+@app.command()
+def down(name: NameOption = None) -> None:
+    """Stop a service; running requests may finish."""
+    from baton.local.commands import stop_service
+
+    stop_service(name)
+
+
+@app.command()
+def pull(source: Annotated[str, typer.Argument(help="smollm2, a Hugging Face id, a folder or a .gguf file")]) -> None:
+    """Download a model into the model cache and check it."""
+    from baton.local.model import pull_model
+
+    typer.echo(str(pull_model(source)))
+
+
+@app.command()
+def doctor(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="the port that `baton up` would use")] = 8000,
+) -> None:
+    """Say what this machine has and lacks, each line with a fix."""
+    from baton.doctor import examine, report
+
+    raise typer.Exit(report(examine(port)))
+
+
+@app.command()
+def version() -> None:
+    """Print Baton's version."""
+    from baton.version import find_version
+
+    typer.echo(find_version())
+
+
+def main() -> None:
+    """The script's entry: runs a command and turns our errors into one message."""
+    from baton.local.errors import LocalError
+
+    try:
+        app()
+    except LocalError as error:
+        print(f"baton: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

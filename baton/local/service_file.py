@@ -1,0 +1,43 @@
+"""Read an LLMService from a YAML file, or the built-in default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from baton.local.errors import LocalError
+from baton_operator.resources import LLMService, ResourceError, parse_llm_service
+
+
+class ServiceFileError(LocalError):
+    """The file cannot be read or says something that cannot be used."""
+
+
+def load_service(file: Path | None, port: int | None) -> LLMService:
+    """The service that `file` describes (none: the default one), with the port of the command line.
+
+    Paths in the file are relative to it. Raises: ServiceFileError.
+    """
+    service = LLMService() if file is None else _read(file)
+    gateway = service.spec.gateway
+    changes: dict[str, object] = {} if port is None else {"port": port}
+    if gateway.api_keys_file is not None and file is not None:
+        changes["api_keys_file"] = str((file.parent / gateway.api_keys_file).resolve())
+    if not changes:
+        return service
+    spec = service.spec.model_copy(update={"gateway": gateway.model_copy(update=changes)})
+    return service.model_copy(update={"spec": spec})
+
+
+def _read(file: Path) -> LLMService:
+    try:
+        document: object = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ServiceFileError(f"cannot read {file}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ServiceFileError(f"{file} is not YAML: {error}") from error
+    try:
+        return parse_llm_service(document, where=str(file))
+    except ResourceError as error:
+        raise ServiceFileError(str(error)) from error

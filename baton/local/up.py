@@ -1,0 +1,78 @@
+"""`baton up`: in the foreground, or detached."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from baton.local.control import Command, Verb, send_command
+from baton.local.errors import ControlError, NotRunning, StartFailed
+from baton.local.machine import read_machine
+from baton.local.model import describe_model
+from baton.local.reporter import make_reporter
+from baton.local.rundir import RunDir, state_dir, take_lock
+from baton.local.service_file import load_service
+from baton.local.supervisor import Supervisor
+
+LOCK_PATIENCE_S = 5.0  # a run that was killed a moment ago is still being cleaned up
+SUPERVISOR_LOG = "supervisor"
+
+
+def start_in_foreground(file: Path | None, port: int | None) -> None:
+    """Start the service and stay until it is stopped. Raises: LocalError."""
+    started_at = time.monotonic()
+    service = load_service(file, port)
+    run = RunDir(state_dir(os.environ) / service.metadata.name)
+    lock_fd = take_lock(run, patience_s=LOCK_PATIENCE_S)
+    reporter = make_reporter(started_at)
+    try:
+        run.prepare()
+        model = describe_model(service, say=reporter.say)
+        supervisor = Supervisor(service, read_machine(), model, run, reporter, lock_fd=lock_fd, started_at=started_at)
+        asyncio.run(supervisor.run())
+    finally:
+        reporter.close()
+        if run.is_locked_by(lock_fd):
+            run.clean()  # the run ended before there was a janitor, which otherwise has done it
+        os.close(lock_fd)
+
+
+def start_detached(file: Path | None, port: int | None) -> None:
+    """Start the service in a session of its own, print what it says, return once it answers.
+
+    Raises: StartFailed if it ended instead.
+    """
+    service = load_service(file, port)  # a mistake in the file is said here, not in a log
+    run = RunDir(state_dir(os.environ) / service.metadata.name)
+    os.close(take_lock(run, patience_s=LOCK_PATIENCE_S))
+    run.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log_path = run.log_of(SUPERVISOR_LOG)
+    arguments = [*(["--file", str(file)] if file else []), *(["--port", str(port)] if port else [])]
+    with open(log_path, "wb") as log:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-m", "baton", "up", *arguments],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    with open(log_path, "rb") as said:
+        while supervisor.poll() is None and not _is_ready(run):
+            _print_new(said.read())
+            time.sleep(0.1)
+        _print_new(said.read())
+    if supervisor.poll() is not None:
+        raise StartFailed(f"the service ended with exit code {supervisor.returncode}; its log is {log_path}")
+
+
+def _is_ready(run: RunDir) -> bool:
+    try:
+        return send_command(run, Command(Verb.PS), timeout_s=5.0).state == "ready"
+    except (NotRunning, ControlError):
+        return False
+
+
+def _print_new(text: bytes) -> None:
+    sys.stdout.write(text.decode(errors="replace"))
+    sys.stdout.flush()
