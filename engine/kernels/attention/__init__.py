@@ -1,0 +1,1 @@
+"""Causal attention over paged KV: decodes and prompt chunks in one packed, variable-length batch."""

@@ -1,0 +1,1 @@
+"""Embedding lookup from packed weights, so that tied embeddings are held once."""

@@ -1,0 +1,169 @@
+"""Compile the C++ kernels once per machine and keep the library in a cache.
+
+    sources + flags + compiler -> key -> <cache>/baton/kernels/<key>.so
+
+Done at first use (about 10 s) or before, by `python -m engine.kernels.native.build`. Workers that start together wait for
+one of them; a library appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent
+_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-DNDEBUG")
+_X86_LEVELS = (
+    (
+        "avx512",
+        ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx2", "fma", "f16c", "bmi1", "bmi2"),
+        (
+            *("-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl"),
+            *("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"),
+        ),
+    ),
+    ("avx2", ("avx2", "fma", "f16c", "bmi1", "bmi2"), ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")),
+)
+
+
+class KernelsUnavailable(Exception):
+    """The native kernels cannot be built here: no compiler, or it failed. The message says what was tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Isa:
+    """An instruction set that the kernels are compiled for."""
+
+    name: str
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NativeBuild:
+    """A compiled library and what names it: `key` is the hash of sources, flags and compiler."""
+
+    path: Path
+    isa: Isa
+    key: str
+
+
+def detect_isa() -> Isa:
+    """The widest instruction set that this machine has and the kernels know."""
+    machine = platform.machine().lower()
+    if machine in ("x86_64", "amd64"):
+        present = _cpu_flags()
+        for name, needed, flags in _X86_LEVELS:
+            if present.issuperset(needed):
+                return Isa(name, flags)
+    return Isa(machine, ())
+
+
+def supported_isas() -> tuple[Isa, ...]:
+    """Every instruction set that this machine can run, widest first; tests compare them."""
+    best = detect_isa()
+    names = [name for name, _, _ in _X86_LEVELS]
+    if best.name not in names:
+        return (best,)
+    wider = _X86_LEVELS[names.index(best.name) :]
+    return (*(Isa(name, flags) for name, _, flags in wider), Isa(platform.machine().lower(), ()))
+
+
+def build(isa: Isa | None = None, cache: Path | None = None) -> NativeBuild:
+    """Find the library in the cache, or compile it.
+
+    Raises: KernelsUnavailable.
+    """
+    isa = isa or detect_isa()
+    compiler = _find_compiler()
+    key = _key(isa, compiler)
+    folder = cache or _cache_folder()
+    path = folder / f"{key}.so"
+    if not path.exists():
+        with (folder / f"{key}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                _compile(isa, compiler, path)
+    return NativeBuild(path, isa, key)
+
+
+def _compile(isa: Isa, compiler: tuple[str, ...], path: Path) -> None:
+    began = time.monotonic()
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+        part_path = Path(part.name)
+    try:
+        command = [*compiler, *_FLAGS, *isa.flags, str(SOURCES / "baton.cpp"), "-o", str(part_path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode != 0:
+            raise KernelsUnavailable(f"{' '.join(compiler)} failed:\n{done.stderr[-2000:]}")
+        part_path.chmod(0o755)
+        os.replace(part_path, path)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelsUnavailable(f"cannot compile the kernels: {error}") from error
+    finally:
+        part_path.unlink(missing_ok=True)
+    log.info("compiled native kernels", extra={"isa": isa.name, "seconds": round(time.monotonic() - began, 1)})
+
+
+def _find_compiler() -> tuple[str, ...]:
+    named = os.environ.get("CXX")
+    candidates = [named] if named else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        words = candidate.split()
+        if words and shutil.which(words[0]):
+            return tuple(words)
+    if not named and importlib.util.find_spec("ziglang") is not None:
+        return (sys.executable, "-m", "ziglang", "c++")
+    raise KernelsUnavailable(f"no C++ compiler: tried {', '.join(candidates)} and the package ziglang; install g++")
+
+
+def _key(isa: Isa, compiler: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for source in sorted((*SOURCES.glob("*.hpp"), *SOURCES.glob("*.cpp"))):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    digest.update("\0".join((isa.name, *_FLAGS, *isa.flags, *compiler, _compiler_version(compiler))).encode())
+    return f"{isa.name}-{digest.hexdigest()[:16]}"
+
+
+def _compiler_version(compiler: tuple[str, ...]) -> str:
+    try:
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise KernelsUnavailable(f"{' '.join(compiler)} --version failed: {error}") from error
+    return done.stdout
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(root) / "baton" / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KernelsUnavailable(f"cannot write the kernel cache {folder}: {error}; set XDG_CACHE_HOME") from error
+    return folder
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    line = next((line for line in text.splitlines() if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+if __name__ == "__main__":
+    built = build()
+    sys.stdout.write(f"{built.isa.name} {built.path}\n")

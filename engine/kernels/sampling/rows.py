@@ -1,0 +1,55 @@
+"""What the samplers are told about one row of logits, and what they answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """Parameters of one draw. `history`: prompt and output ids, needed only with penalties; `banned`: ids that may not
+    be drawn (min_tokens). The draw is keyed by (seed, choice, position).
+    """
+
+    logits_row: int
+    seed: int
+    choice: int
+    position: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition: float = 1.0
+    frequency: float = 0.0
+    presence: float = 0.0
+    num_logprobs: int = -1
+    num_prompt: int = 0
+    history: tuple[int, ...] | list[int] = ()
+    banned: tuple[int, ...] = ()
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition != 1.0 or self.frequency != 0.0 or self.presence != 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """One token per row; logprobs are of the raw distribution and only filled where asked for."""
+
+    tokens: np.ndarray  # [rows] int32
+    logprobs: np.ndarray  # [rows] float32
+    top_ids: np.ndarray  # [rows, max num_logprobs] int32
+    top_logprobs: np.ndarray  # [rows, max num_logprobs] float32
+
+
+def empty_draws(rows: list[SampleRow]) -> Draws:
+    """Room for the answers to `rows`."""
+    most = max((row.num_logprobs for row in rows), default=0)
+    shape = (len(rows), max(most, 0))
+    return Draws(
+        np.zeros(len(rows), np.int32),
+        np.zeros(len(rows), np.float32),
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.float32),
+    )

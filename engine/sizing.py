@@ -1,0 +1,143 @@
+"""How much a worker may use: threads, and bytes for KV blocks. Pure arithmetic; reading the host is at the end.
+
+limit   = least of cgroup limit, physical memory
+budget  = limit * fraction / workers on this host - weights - reserve
+blocks  = budget // block_bytes
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+RESERVE_BYTES = 512 * 1024**2
+"""For Python, torch, gRPC and activations: a worker without model measured about 400 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostLimits:
+    """What this process may use, as the system says."""
+
+    memory_bytes: int
+    available_bytes: int
+    num_cpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVSize:
+    """The decision and its arithmetic in words, for the log."""
+
+    num_blocks: int
+    kv_bytes: int
+    explanation: str
+
+
+class MemoryTooSmall(Exception):
+    """The KV memory would not hold one sequence; the message shows the arithmetic."""
+
+
+def derive_threads(limits: HostLimits, workers_on_host: int = 1) -> int:
+    """Threads of one worker: the processors shared evenly, at least one."""
+    return max(1, limits.num_cpus // max(1, workers_on_host))
+
+
+def derive_kv_size(
+    limits: HostLimits,
+    *,
+    block_bytes: int,
+    min_blocks: int,
+    weight_bytes: int = 0,
+    workers_on_host: int = 1,
+    fraction: float = 0.8,
+    requested_bytes: int | None = None,
+    max_blocks: int | None = None,
+) -> KVSize:
+    """Blocks for one worker. `requested_bytes` overrides the derivation; `max_blocks` caps it (more could never be used).
+
+    `weight_bytes` are those still to be loaded. Raises: MemoryTooSmall.
+    """
+    if requested_bytes is not None:
+        budget = requested_bytes
+        explanation = f"asked for {_mib(requested_bytes)}"
+    else:
+        limit = min(limits.memory_bytes, limits.available_bytes)
+        budget = int(limit * fraction) // max(1, workers_on_host) - weight_bytes - RESERVE_BYTES
+        explanation = (
+            f"min(limit {_mib(limits.memory_bytes)}, available {_mib(limits.available_bytes)}) * {fraction} "
+            f"/ {max(1, workers_on_host)} workers - weights {_mib(weight_bytes)} - reserve {_mib(RESERVE_BYTES)} "
+            f"= {_mib(budget)}"
+        )
+    blocks = max(0, budget) // block_bytes
+    explanation += f"; / {block_bytes} bytes per block = {blocks} blocks"
+    if blocks < min_blocks:
+        raise MemoryTooSmall(f"{explanation}, but one sequence of the greatest length needs {min_blocks}")
+    if max_blocks is not None and blocks > max_blocks:
+        blocks = max_blocks
+        explanation += f", capped at {max_blocks}: more could never be used"
+    return KVSize(blocks, blocks * block_bytes, explanation)
+
+
+def read_host_limits(
+    cgroup_root: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo"), cpus: int | None = None
+) -> HostLimits:
+    """Read cgroup v2 and v1 limits and free memory. A limit that is absent or absurd does not count."""
+    total, available = _read_meminfo(meminfo)
+    limit = _first_number(cgroup_root / "memory.max", cgroup_root / "memory" / "memory.limit_in_bytes")
+    used = _first_number(cgroup_root / "memory.current", cgroup_root / "memory" / "memory.usage_in_bytes")
+    if limit is not None and limit < total:
+        available = min(available, max(0, limit - (used or 0)))
+        total = limit
+    return HostLimits(total, available, _read_cpus(cgroup_root, cpus or _usable_cpus()))
+
+
+def _read_cpus(root: Path, usable: int) -> int:
+    quota = period = None
+    v2 = _read_words(root / "cpu.max")
+    if len(v2) == 2 and v2[0] != "max":
+        quota, period = int(v2[0]), int(v2[1])
+    else:
+        quota = _first_number(root / "cpu" / "cpu.cfs_quota_us")
+        period = _first_number(root / "cpu" / "cpu.cfs_period_us")
+    if quota is None or not period or quota <= 0:
+        return usable
+    return max(1, min(usable, quota // period))
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _read_meminfo(path: Path) -> tuple[int, int]:
+    fields: dict[str, int] = {}
+    try:
+        for line in path.read_text().splitlines():
+            name, _, rest = line.partition(":")
+            fields[name] = int(rest.split()[0]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    if "MemTotal" not in fields:
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return pages, pages
+    return fields["MemTotal"], fields.get("MemAvailable", fields["MemTotal"])
+
+
+def _first_number(*paths: Path) -> int | None:
+    for path in paths:
+        words = _read_words(path)
+        if words and words[0].lstrip("-").isdigit():
+            return int(words[0])
+    return None
+
+
+def _read_words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
+
+
+def _mib(size: int) -> str:
+    return f"{size / 1024**2:.0f} MiB"
