@@ -9,11 +9,10 @@ from engine.errors import ConfigInvalid
 
 
 class PolicyName(Enum):
-    """How waiting requests join the running batch (engine/policy.py)."""
+    """How prompts are cut into steps (engine/policy.py)."""
 
     CHUNKED = "chunked"
     FCFS = "fcfs"
-    STATIC = "static"
 
 
 class LengthEstimate(Enum):

@@ -1,0 +1,89 @@
+"""A model without a model: tests, and services under test, run it in microseconds, and it sees every memory fault.
+
+Its "KV" of a position is a hash of all token ids up to it. Before it computes a chunk it asserts that every earlier position of the
+sequence really lies in the slots that the block table names, as attention would need it: a wrong block table, a missed
+copy-on-write, a block lost to another sequence or a hand-over of stale bytes is an assertion failure.
+The next token is a hash of all token ids, the seed, the choice and the position, so it depends on nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from engine.batch import Batch, Chunk
+from engine.request import SampledToken, Sequence
+
+_SLOT_BYTES = 8
+
+
+class FakeRunner:
+    """A Runner whose KV memory is one 8-byte hash per slot, laid out block after block like the real one."""
+
+    def __init__(self, num_blocks: int, block_size: int, vocab_size: int = 64) -> None:
+        self.block_size = block_size
+        self.block_bytes = block_size * _SLOT_BYTES
+        self.vocab_size = vocab_size
+        self.slots = np.zeros((num_blocks, block_size), dtype=np.uint64)
+        self.num_executed_tokens = 0
+
+    def block(self, block_id: int) -> memoryview:
+        """The bytes of one block, writable, as kvtransfer sees them."""
+        return memoryview(self.slots[block_id]).cast("B")
+
+    def execute(self, batch: Batch) -> list[SampledToken]:
+        """Copy, check, write, draw."""
+        for source, destination in batch.copies:
+            self.slots[destination] = self.slots[source]
+        # All writes go first: sequences of one batch may share blocks only below what they write.
+        prefixes = [self._check_and_write(chunk) for chunk in batch.chunks]
+        self.num_executed_tokens += batch.num_tokens
+        return [
+            self._draw(sampler, prefix)
+            for chunk, prefix in zip(batch.chunks, prefixes, strict=True)
+            for sampler in chunk.samplers
+        ]
+
+    def zero_slots(self, block_id: int, first_slot: int) -> None:
+        """Zero the slots of a block from `first_slot` on."""
+        self.slots[block_id, first_slot:] = 0
+
+    def _check_and_write(self, chunk: Chunk) -> int:
+        """Assert that the KV of earlier positions is there, write the chunk's; return the last position's hash."""
+        sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
+        assert chunk.num_tokens > 0
+        assert end <= len(sequence.token_ids), "a chunk reaches beyond the known tokens"
+        assert chunk.start == sequence.num_computed_tokens
+        assert len(sequence.block_table) * self.block_size >= end, "the block table does not cover the chunk"
+        hashes = prefix_hashes(sequence.token_ids[:end])
+        for position, expected in enumerate(hashes):
+            block = sequence.block_table[position // self.block_size]
+            slot = position % self.block_size
+            if position < chunk.start:
+                assert self.slots[block, slot] == expected, (
+                    f"KV of position {position} is not in block {block} slot {slot}"
+                )
+            else:
+                self.slots[block, slot] = expected
+        return hashes[-1]
+
+    def _draw(self, sampler: Sequence, prefix: int) -> SampledToken:
+        position = len(sampler.token_ids)
+        key = f"{prefix} {sampler.sampling.seed} {sampler.choice} {position}".encode()
+        drawn = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+        token_id = drawn % self.vocab_size
+        logprob = -1.0 - (drawn >> 32) / 2**32
+        num_top = max(sampler.sampling.num_logprobs, 0)
+        top = tuple(((token_id + rank) % self.vocab_size, logprob - rank) for rank in range(num_top))
+        return SampledToken(sampler.sequence_id, token_id, logprob, top)
+
+
+def prefix_hashes(token_ids: Iterable[int]) -> list[int]:
+    """Per position a hash, never zero, of all token ids up to and including it."""
+    hashes, digest = list[int](), b""
+    for token_id in token_ids:
+        digest = hashlib.blake2b(digest + token_id.to_bytes(4, "little"), digest_size=8).digest()
+        hashes.append(int.from_bytes(digest, "little") | 1)
+    return hashes
