@@ -9,13 +9,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Generator, Mapping
+import time
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from modelfiles.errors import CacheNotWritable, NoDiskSpace
 
 ENVIRONMENT_VARIABLE = "BATON_MODEL_CACHE"
+_WAIT_S = 0.1
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -29,16 +31,30 @@ def default_cache_dir(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 @contextmanager
-def exclusive(lock_file: Path) -> Generator[None]:
-    """Hold a lock among processes and threads; waits for its present holder."""
+def exclusive(lock_file: Path, while_waiting: Callable[[], None] | None = None) -> Generator[int]:
+    """Hold a lock among processes and threads; waits for its present holder, calling `while_waiting` now and then.
+
+    Yields the lock's file descriptor. A child process that inherits it keeps the lock until it ends, too.
+    """
     with explained(lock_file.parent):
         lock_file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
+        while while_waiting is not None and not _try_lock(descriptor):
+            while_waiting()
+            time.sleep(_WAIT_S)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)  # drops the lock; the file stays, since removing it would race with a waiter
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def temporary_path(final: Path) -> Path:
