@@ -8,11 +8,12 @@ from servicekit.config import load
 
 def main() -> None:
     config = load(DecodeConfig, prog="python -m decode_service", description="One decode worker of a Baton service.")
-    # After the settings: `--help` and a wrong flag answer in a tenth of a second.
+    # Imported after the settings: `--help` and a wrong flag answer in a tenth of a second.
     from decode_service.worker import serve
+    from kvtransfer.protocol import baton_pb2 as pb
     from workerkit.process import run_process
 
-    run_process(lambda: serve(config), config, "decode")
+    run_process(lambda process: serve(config, process), config, pb.ROLE_DECODE)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ from engine.messages import (
     RemoteReserved,
     RequestEnded,
     RequestStats,
-    StepResult,
     TokenEvent,
 )
 from engine.request import SampledToken
@@ -51,7 +50,7 @@ from kvtransfer.errors import TransferFailed
 from kvtransfer.protocol import baton_pb2 as pb
 from servicekit.failpoints import Failpoints
 from servicekit.logs import request_scope
-from workerkit.engine_client import EngineClient
+from workerkit.engine_client import EngineClient, StepEvents
 from workerkit.messages import first_tokens
 from workerkit.metrics import DecodeQueueMetrics, EngineMetrics
 
@@ -135,7 +134,7 @@ class Attempts:
 
     # ------------------------------------------------------------ what the engine says
 
-    def on_step(self, step: StepResult) -> None:
+    def on_step(self, step: StepEvents) -> None:
         """Hand one step's events to the streams they belong to: one message per stream."""
         touched: set[GatewayStream] = set()
         num_tokens = 0

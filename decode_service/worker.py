@@ -7,7 +7,7 @@ from decode_service.attempts import Attempts
 from decode_service.config import DecodeConfig, DisaggregationMode
 from decode_service.placement import Policy
 from decode_service.remote import PrefillPool
-from kvtransfer.protocol import baton_pb2 as pb
+from engine.worker import KV_DTYPE
 from kvtransfer.protocol import baton_pb2_grpc as rpc
 from workerkit.engine_client import EngineClient
 from workerkit.metrics import DecodeQueueMetrics, EngineMetrics
@@ -20,9 +20,8 @@ POLICIES = {
 }
 
 
-async def serve(config: DecodeConfig) -> int:
+async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
     """The whole flow of the process; returns its exit status."""
-    process = WorkerProcess(config, pb.ROLE_DECODE)
     # 1. Answer probes, then load.
     await process.begin()
     replica = await process.load()
@@ -31,7 +30,7 @@ async def serve(config: DecodeConfig) -> int:
     # 2. The engine on its thread; its steps arrive here.
     identity = replica.identity
     engine_metrics = EngineMetrics(
-        process.metrics, block_size=identity.block_size, num_blocks=identity.num_blocks, cache_dtype=config.dtype
+        process.metrics, block_size=identity.block_size, num_blocks=identity.num_blocks, cache_dtype=KV_DTYPE
     )
     metrics = DecodeQueueMetrics(process.metrics)
     engine = EngineClient(replica.engine)
@@ -57,14 +56,14 @@ async def serve(config: DecodeConfig) -> int:
     process.refresh_metrics = refresh_metrics
     # 4. Serve until told to end.
     servicer = DecodeServicer(attempts, engine, info)
-    address = await process.serve(lambda server: rpc.add_DecodeWorkerServicer_to_server(servicer, server))
+    await process.serve(lambda server: rpc.add_DecodeWorkerServicer_to_server(servicer, server))
     process.spawn(servicer.beat(), "heartbeats")
-    process.announce(address)
+    process.announce()
     status = await process.until_end(engine)
     # 5. Finish or hand over what runs, then leave.
     if status == 0:
         await attempts.drain(config.drain_s)
     await remote.aclose()
     await process.end()
-    engine.stop()
+    await engine.stop()
     return status

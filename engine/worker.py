@@ -43,6 +43,7 @@ class LoadPhase(Enum):
     WARMUP = "warmup"
 
 
+KV_DTYPE = "float32"  # engine/kv_memory.py; --dtype is that of the weights
 WARMUP_TOKENS = 64
 
 OnProgress = Callable[[LoadPhase, float], None]
@@ -98,9 +99,12 @@ def layout_fingerprint(model_digest: str, kv_dtype: str, block_size: int) -> str
     return _fingerprint(model_digest, kv_dtype, str(block_size), DIGEST_KIND, KV_LAYOUT)
 
 
-def numerics_fingerprint(layout: str, torch_version: str, isa: str, num_threads: int, deterministic: bool) -> str:
-    """Equal wherever the same request gives the same bits; compared in deterministic mode only."""
-    return _fingerprint(layout, torch_version, isa, platform.machine(), str(num_threads), str(deterministic))
+def numerics_fingerprint(layout: str, runner: str, deterministic: bool) -> str:
+    """Equal wherever the same request gives the same bits; compared in deterministic mode only.
+
+    `runner` is the runner's own account: kernels, compiler, instruction set, type of the weights.
+    """
+    return _fingerprint(layout, runner, platform.machine(), str(deterministic))
 
 
 def _fingerprint(*parts: str) -> str:
@@ -129,7 +133,7 @@ def load_replica(spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
     max_model_len = _max_model_len(spec, config)
     engine = _make_engine(spec, config, runner, kv.num_blocks, max_model_len, digest)
     _warm_up(engine, min(max_model_len, spec.max_num_batched_tokens))
-    identity = _identify(spec, kv, digest, num_threads, max_model_len)
+    identity = _identify(spec, kv, digest, runner.numerics_fingerprint(), max_model_len)
     on_progress(LoadPhase.WARMUP, 1.0)
     return Replica(identity, engine, kv)
 
@@ -146,12 +150,12 @@ def _load_runner(
 ) -> tuple[CpuRunner, KVMemory]:
     """Weights and KV memory on the device, and what runs batches over them."""
     from engine import sizing
-    from engine.kv_memory import KVMemory, KVShape
-    from engine.runner import CpuRunner
+    from engine.kv_memory import KVMemory
+    from engine.runner import CpuRunner, kv_shape
     from modelfiles.weights import open_weights
 
     weights = open_weights(spec.model, num_threads=num_threads)
-    shape = KVShape(config.num_kv_heads, config.num_layers, spec.block_size, config.head_dim)
+    shape = kv_shape(config, spec.block_size)
     blocks_per_sequence = -(-_max_model_len(spec, config) // spec.block_size)
     size = sizing.derive_kv_size(
         limits,
@@ -164,7 +168,8 @@ def _load_runner(
     )
     log.info("KV memory: %s", size.explanation, extra={"num_threads": num_threads})
     kv = KVMemory(shape, size.num_blocks)
-    return CpuRunner(config, weights, kv, spec.deterministic, num_threads), kv
+    runner = CpuRunner(config, weights, kv, deterministic=spec.deterministic, num_threads=num_threads, dtype=spec.dtype)
+    return runner, kv
 
 
 def _make_engine(
@@ -197,14 +202,11 @@ def _warm_up(engine: Engine, num_tokens: int) -> None:
         engine.step()
 
 
-def _identify(spec: ReplicaSpec, kv: KVMemory, digest: str, num_threads: int, max_model_len: int) -> ReplicaIdentity:
-    import torch
-
-    layout = layout_fingerprint(digest, spec.dtype, spec.block_size)
-    isa = torch.backends.cpu.get_cpu_capability()
+def _identify(spec: ReplicaSpec, kv: KVMemory, digest: str, numerics: str, max_model_len: int) -> ReplicaIdentity:
+    layout = layout_fingerprint(digest, KV_DTYPE, spec.block_size)
     return ReplicaIdentity(
         layout_fingerprint=layout,
-        numerics_fingerprint=numerics_fingerprint(layout, torch.__version__, isa, num_threads, spec.deterministic),
+        numerics_fingerprint=numerics_fingerprint(layout, numerics, spec.deterministic),
         deterministic=spec.deterministic,
         max_model_len=max_model_len,
         block_size=spec.block_size,

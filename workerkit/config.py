@@ -26,7 +26,7 @@ class WorkerConfig:
     # what is served
     model: Path = option(help="model folder or .gguf file")
     model_id: str = option("", help="name that clients use; empty: the file's name")
-    dtype: str = option("float32", help="type of weights and KV", choices=("float32", "bfloat16"))
+    dtype: str = option("float32", help="type of the weights in memory", choices=("float32", "bfloat16"))
     deterministic: bool = option(False, help="same bits whatever the batch, the chunks and the P/D split")
     max_model_len: int = option(0, help="longest prompt and output together; 0: the model's own", minimum=0)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc
 
-from engine.worker import LoadPhase, Replica, ReplicaSpec, load_replica
+from engine.worker import LoadPhase, OnProgress, Replica, ReplicaSpec, load_replica
 from kvtransfer.auth import SecretInterceptor
 from kvtransfer.protocol import baton_pb2 as pb
 from servicekit import failpoints, lifecycle, logs
@@ -46,13 +46,18 @@ PHASES = (
 )
 
 
+Loader = Callable[[ReplicaSpec, OnProgress], Replica]
+
+
 class WorkerProcess:
     """One worker. Everything here runs on the asyncio loop of the main thread, except the loading itself."""
 
-    def __init__(self, config: WorkerConfig, role: pb.Role) -> None:
+    def __init__(self, config: WorkerConfig, role: pb.Role, load: Loader = load_replica) -> None:
         """Raises: ValueError for a secret file or failpoints that cannot be used."""
         self.config = config
         self.role = role
+        self.address = ""
+        self._load = load
         self.boot_id = lifecycle.new_boot_id()
         self.host_id = lifecycle.host_id()
         self.secret = config.load_secret()
@@ -68,9 +73,7 @@ class WorkerProcess:
         self._unannounce = contextlib.ExitStack()
 
     async def begin(self) -> None:
-        """Answer probes and signals before anything slow happens."""
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self.drain_signal.install()
+        """Answer probes before anything slow happens."""
         self._http = await start_http(health_app(self.health, self._render_metrics), *self.config.http)
         log.info("probes answer", extra={"http": f"{self._http.host}:{self._http.port}"})
 
@@ -84,7 +87,7 @@ class WorkerProcess:
 
         def run() -> None:
             try:
-                replica = load_replica(self._replica_spec(), on_progress)
+                replica = self._load(self._replica_spec(), on_progress)
             except BaseException as error:
                 loop.call_soon_threadsafe(_settle, loaded.set_exception, error, loaded)
             else:
@@ -109,8 +112,8 @@ class WorkerProcess:
             version=_version(),
         )
 
-    async def serve(self, add: Callable[[grpc.aio.Server], None]) -> str:
-        """Open the gRPC port; returns the address that others reach it by."""
+    async def serve(self, add: Callable[[grpc.aio.Server], None]) -> None:
+        """Open the gRPC port; `address` is what others reach it by."""
         server = grpc.aio.server(
             interceptors=[SecretInterceptor(self.secret)],
             options=[
@@ -124,16 +127,16 @@ class WorkerProcess:
         bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         await server.start()
         self._server = server
-        return f"{self.config.advertise or host}:{bound}"
+        self.address = f"{self.config.advertise or host}:{bound}"
 
-    def announce(self, address: str) -> None:
+    def announce(self) -> None:
         """Ready: the health port says so, and in local mode the registry folder."""
         assert self._http is not None
         self.health.enter("register")
         entry = lifecycle.RegistryEntry(
             worker_id=self.config.worker_id,
             role="prefill" if self.role == pb.ROLE_PREFILL else "decode",
-            address=address,
+            address=self.address,
             http=f"{self.config.advertise or self._http.host}:{self._http.port}",
             boot_id=self.boot_id.hex(),
             pid=os.getpid(),
@@ -141,7 +144,7 @@ class WorkerProcess:
         self._unannounce.enter_context(lifecycle.registered(self.config.registry_dir, entry))
         self.health.ready()
         count_startup(self.metrics, self.health.phase_seconds)
-        log.info("ready", extra={"address": address, "phase_seconds": self.health.phase_seconds})
+        log.info("ready", extra={"address": self.address, "phase_seconds": self.health.phase_seconds})
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         """Run beside the servers until the end."""
@@ -212,10 +215,19 @@ class WorkerProcess:
             self.health.stalled = watch.observe(time.monotonic(), load.step_counter, num_pending, load.predicted_step_s)
 
 
-def run_process(main: Callable[[], Coroutine[Any, Any, int]], config: WorkerConfig, role_name: str) -> None:
-    """Logs, the parent's pipe, the loop; then exit at once, whatever threads still run."""
-    logs.setup(config.log_level, config.log_format, config.worker_id or role_name)
+def run_process(
+    serve: Callable[[WorkerProcess], Coroutine[Any, Any, int]], config: WorkerConfig, role: pb.Role
+) -> None:
+    """Logs, the parent's pipe, signals, the loop; then exit at once, whatever threads still run."""
+    logs.setup(config.log_level, config.log_format, config.worker_id)
     lifecycle.watch_parent(config.parent_fd)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+    async def main() -> int:
+        process = WorkerProcess(config, role)
+        process.drain_signal.install()
+        return await serve(process)
+
     try:
         status = asyncio.run(main())
     except Exception as error:
