@@ -103,7 +103,9 @@ class Admission:
     def _check(self, error: type[Overloaded | TooManyRequests], what: str, value: int, limit: int) -> None:
         if value > limit:
             retry = self.retry_after_s()
-            raise error(f"{what}: {value} would exceed the limit of {limit}; try again in {retry:.1f} s", retry_after_s=retry)
+            raise error(
+                f"{what}: {value} would exceed the limit of {limit}; try again in {retry:.1f} s", retry_after_s=retry
+            )
 
     def _count(self, tenant: str, num_requests: int, num_tokens: int) -> None:
         self.num_requests += num_requests

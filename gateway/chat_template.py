@@ -37,12 +37,12 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **variables: Any,
     ) -> str:
-        """The prompt text.
+        """The prompt text. `variables` are what else the template may read (chat_template_kwargs).
 
         Raises: InvalidRequest with the template's own words where it refuses the messages.
         """
@@ -52,17 +52,20 @@ class ChatTemplate:
             **self._special_tokens,
             "tools": None,
             "documents": None,
-            **variables,
+            **(variables or {}),
             "messages": chat,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
             text = self._bounded_render(context)
         except TemplateError as error:
-            raise InvalidRequest(f"messages: the model's chat template refused them: {error}", param="messages") from error
+            raise InvalidRequest(
+                f"messages: the model's chat template refused them: {error}", param="messages"
+            ) from error
         except (TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
             raise InvalidRequest(
-                f"messages: the model's chat template cannot render them: {type(error).__name__}: {error}", param="messages"
+                f"messages: the model's chat template cannot render them: {type(error).__name__}: {error}",
+                param="messages",
             ) from error
         return text if final is None else _cut_at_tag(text, final)
 
@@ -117,7 +120,8 @@ def _cut_at_tag(text: str, final: str) -> str:
     tag = CONTINUE_TAG.strip()
     if final.strip() not in text or tag not in text:
         raise InvalidRequest(
-            "continue_final_message: the chat template drops or changes the final message", param="continue_final_message"
+            "continue_final_message: the chat template drops or changes the final message",
+            param="continue_final_message",
         )
     at = text.rindex(tag)
     is_spacing_kept = text[at : at + len(CONTINUE_TAG)] == CONTINUE_TAG

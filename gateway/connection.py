@@ -1,6 +1,6 @@
 """One multiplexed Generate stream to one decode worker: attempts, heartbeats, liveness. The stream is the lease.
 
-    connect -> (start, tokens, ended)* -> broken or silent: every attempt on it ends
+connect -> (start, tokens, ended)* -> broken or silent: every attempt on it ends
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _END_KINDS = {
 class Attempt:
     """One try at a generation on one worker: SENT -> ACCEPTED -> (tokens)* -> ENDED."""
 
-    __slots__ = ("_committed_before", "connection", "ended", "generation", "is_accepted", "key", "number")
+    __slots__ = ("_committed_before", "completed", "connection", "ended", "generation", "is_accepted", "key", "number")
 
     def __init__(self, key: int, generation: Generation, connection: DecodeConnection) -> None:
         self.key = key
@@ -52,7 +52,9 @@ class Attempt:
         self.connection = connection
         self.number = generation.log.begin_attempt()
         self.is_accepted = False
-        self.ended: asyncio.Future[AttemptEnd] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[AttemptEnd] = loop.create_future()
+        self.completed: asyncio.Future[None] = loop.create_future()  # the log has all it needs; no end was heard yet
         self._committed_before = generation.log.num_committed
 
     @property
@@ -218,8 +220,11 @@ class DecodeConnection:
                 self.abandon(attempt)
                 attempt.end(EndKind.INVALID, f"the gateway could not process a token: {type(error).__name__}")
                 continue
+            is_complete = generation.log.is_complete
             if is_cancel_due:
-                self.cancel(attempt, () if generation.log.is_complete else (token.choice,))
+                self.cancel(attempt, () if is_complete else (token.choice,))
+            if is_complete and not attempt.completed.done():
+                attempt.completed.set_result(None)
         for ended in step.ended:
             self._on_ended(ended)
 

@@ -97,7 +97,9 @@ def _charge(history: History, end: AttemptEnd) -> Retry | GatewayError:
             " tried again"
         )
     if updated.num_charged >= MAX_ATTEMPTS:
-        reason = f"after {updated.num_charged} attempts, the last on worker {end.worker_id}: {end.kind.value} {end.message}"
+        reason = (
+            f"after {updated.num_charged} attempts, the last on worker {end.worker_id}: {end.kind.value} {end.message}"
+        )
         is_full = end.kind is EndKind.OVERLOADED
         return Overloaded(f"every worker refused {reason}") if is_full else AttemptsExhausted(f"gave up {reason}")
     return Retry(updated, pause_s=0.1 * 2**updated.num_charged if end.kind is EndKind.OVERLOADED else 0.0)

@@ -92,7 +92,10 @@ class Generation:
         self._include_stop = rules.include_stop
         self._texts = [
             TextStream(
-                detokenizer.decoder(rules.skip_special_tokens), rules.stops, rules.include_stop, request.sampling.min_tokens
+                detokenizer.decoder(rules.skip_special_tokens),
+                rules.stops,
+                rules.include_stop,
+                request.sampling.min_tokens,
             )
             for _ in range(request.num_choices)
         ]
@@ -120,9 +123,7 @@ class Generation:
         self._sink.on_token(choice, text, token, record.finish)
         return record.finish is not None and not token.finish
 
-    def wire_request(
-        self, key: int, attempt: int, candidates: Sequence[Candidate], now: float
-    ) -> pb.GenerateRequest:
+    def wire_request(self, key: int, attempt: int, candidates: Sequence[Candidate], now: float) -> pb.GenerateRequest:
         """The replay of everything committed so far, as one message."""
         request = self.request
         return pb.GenerateRequest(

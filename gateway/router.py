@@ -107,9 +107,7 @@ class Route:
     meets_objective: bool = True
 
 
-def route(
-    request: RoutingRequest, decode: Sequence[WorkerState], prefill: Sequence[WorkerState]
-) -> Route | NoRoute:
+def route(request: RoutingRequest, decode: Sequence[WorkerState], prefill: Sequence[WorkerState]) -> Route | NoRoute:
     """Pick the decode worker, then its prefill candidates."""
     usable = _usable(request, decode)
     if isinstance(usable, NoRoute):
@@ -123,9 +121,7 @@ def route(
     return Route(best.worker_id, ttft_s, cached, candidates, not objective or ttft_s <= objective)
 
 
-def rank_prefill(
-    request: RoutingRequest, decode: WorkerState, prefill: Sequence[WorkerState]
-) -> tuple[Candidate, ...]:
+def rank_prefill(request: RoutingRequest, decode: WorkerState, prefill: Sequence[WorkerState]) -> tuple[Candidate, ...]:
     """Prefill workers whose KV fits the decode worker's, best first."""
     same = [p for p in prefill if not p.is_draining and p.layout_fingerprint == decode.layout_fingerprint]
     ranked = sorted(

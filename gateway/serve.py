@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from gateway import failover, router
-from gateway.admission import Admission
+from gateway.admission import Admission, Place
 from gateway.connection import Attempt, DecodeConnection
 from gateway.errors import DeadlineExceeded, GatewayError, Overloaded
 from gateway.failover import DEATHS, AttemptEnd, EndKind
@@ -44,8 +44,7 @@ async def serve(generation: Generation, services: Services) -> None:
 
     Raises: GatewayError. Cancelling it (client gone) cancels the work on the workers at once.
     """
-    request = generation.request
-    place = services.admission.admit(len(request.prompt_token_ids), request.tenant)
+    place = _admit(generation, services)
     generation.on_first_token = lambda: services.admission.leave(place)
     try:
         while not generation.log.is_complete:
@@ -68,11 +67,20 @@ async def serve(generation: Generation, services: Services) -> None:
     _log_end(generation, "finished")
 
 
+def _admit(generation: Generation, services: Services) -> Place:
+    request = generation.request
+    try:
+        return services.admission.admit(len(request.prompt_token_ids), request.tenant)
+    except GatewayError as error:
+        services.metrics.rejections.inc(reason="key_share" if error.status == 429 else "queue_full")
+        raise
+
+
 async def _route(generation: Generation, pool: WorkerPool, held: ExitStack) -> tuple[DecodeConnection, Route]:
     """Decide where to run; wait, at no cost but time, while nothing is routable."""
     chain = pool.prefixes.chain(generation.request.prompt_token_ids, generation.request.cache_salt)
     while True:
-        if generation.history.must_run_alone and generation.worker_id == "":
+        if generation.history.must_run_alone:
             _hold_a_worker(generation, pool, held)
         wanted = _wanted(generation, pool, chain)
         decision = router.route(wanted, pool.decode_states(generation), pool.prefill_states())
@@ -134,11 +142,13 @@ async def _finish(attempt: Attempt) -> AttemptEnd:
     generation = attempt.generation
     try:
         left = generation.deadline - time.monotonic()
-        await asyncio.wait([attempt.ended, generation.completed], timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        if generation.completed.done() and not attempt.ended.done():
+        await asyncio.wait([attempt.ended, attempt.completed], timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if attempt.completed.done() and not attempt.ended.done():
             await asyncio.wait([attempt.ended], timeout=STATS_GRACE_S)
         if not attempt.ended.done():
-            attempt.end(EndKind.FINISHED if generation.log.is_complete else EndKind.DEADLINE, "no end was heard in time")
+            attempt.end(
+                EndKind.FINISHED if generation.log.is_complete else EndKind.DEADLINE, "no end was heard in time"
+            )
         return attempt.ended.result()
     finally:
         attempt.connection.abandon(attempt)
@@ -147,7 +157,9 @@ async def _finish(attempt: Attempt) -> AttemptEnd:
 async def _prepare_retry(generation: Generation, end: AttemptEnd, services: Services) -> None:
     """Count the end against the request; go on, or give the reason why not. Raises: GatewayError."""
     if end.kind in (EndKind.FINISHED, EndKind.CANCELLED):  # the worker believes it is done, the log knows better
-        end = AttemptEnd(EndKind.INTERNAL, end.worker_id, end.num_committed, end.was_accepted, "ended before its tokens came")
+        end = AttemptEnd(
+            EndKind.INTERNAL, end.worker_id, end.num_committed, end.was_accepted, "ended before its tokens came"
+        )
     decision = failover.after(generation.history, end)
     if isinstance(decision, GatewayError):
         if isinstance(decision, Overloaded):

@@ -279,9 +279,7 @@ class WorkerPool:
             while True:
                 await asyncio.sleep(HELLO_EVERY_S)
                 try:
-                    reply = self._checked(
-                        await stub.Hello(self.hello, timeout=HELLO_TIMEOUT_S, metadata=self.metadata)
-                    )
+                    reply = self._checked(await stub.Hello(self.hello, timeout=HELLO_TIMEOUT_S, metadata=self.metadata))
                 except grpc.aio.AioRpcError:
                     num_failed += 1
                     if num_failed >= MAX_FAILED_HELLOS or not self._is_hinted(address):

@@ -1,0 +1,337 @@
+"""Request bodies in vLLM's dialect of OpenAI's API: what is accepted, what is refused by name, what is ignored aloud."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from gateway.errors import InvalidRequest
+from gateway.generation import TextRules
+from gateway.token_log import StopRules
+from kvtransfer.protocol import baton_pb2 as pb
+from modelfiles import GenerationDefaults
+
+MAX_CHOICES = 8
+MAX_STOPS = 16
+MAX_MESSAGES = 1024
+MAX_LOGPROBS = 20
+MAX_PROMPTS = 128
+COMPLETION_MAX_TOKENS = 16
+GREEDY_BELOW = 1e-5  # vLLM's threshold
+
+# Known fields that this gateway does not support yet, with the values that ask for nothing. Anything else is a 400:
+# an answer that silently ignores a constraint is worse than none.
+UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
+    "allowed_token_ids": (None,),
+    "audio": (None,),
+    "bad_words": (None, []),
+    "best_of": (None, 1),
+    "chat_template": (None,),
+    "documents": (None, []),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "include_reasoning": (None, True),
+    "kv_transfer_params": (None,),
+    "length_penalty": (None, 1.0),
+    "logit_bias": (None, {}),
+    "min_p": (None, 0.0),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True),
+    "prediction": (None,),
+    "priority": (None, 0),
+    "prompt_embeds": (None,),
+    "prompt_logprobs": (None,),
+    "reasoning_effort": (None,),
+    "response_format": (None, {"type": "text"}),
+    "return_tokens_as_token_ids": (None, False),
+    "service_tier": (None, "auto", "default"),
+    "spaces_between_special_tokens": (None, True),
+    "store": (None, False),
+    "stream_interval": (None, 1),
+    "structured_outputs": (None,),
+    "suffix": (None, ""),
+    "thinking_token_budget": (None,),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "use_beam_search": (None, False),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Body(BaseModel):
+    """Unknown fields are kept in `model_extra`; an explicit null is the same as leaving the field out."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data  # pyright: ignore[reportUnknownVariableType]
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class SamplingBody(_Body):
+    """Fields that both dialects share. Defaults None mean: the model's own, then vLLM's."""
+
+    model: str | None = None
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    temperature: Finite | None = Field(None, ge=0)
+    top_p: Finite | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    frequency_penalty: Finite = Field(0.0, ge=-2, le=2)
+    presence_penalty: Finite = Field(0.0, ge=-2, le=2)
+    repetition_penalty: Finite | None = Field(None, gt=0, le=2)
+    min_tokens: int = Field(0, ge=0)
+    stop: StopString | list[StopString] | None = None
+    stop_token_ids: list[TokenId] = Field(default_factory=list[int], max_length=128)
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = Field(None, ge=1)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    request_id: Annotated[str, StringConstraints(max_length=128)] | None = None
+    return_token_ids: bool = False
+    metrics: bool = False
+    user: str | None = None
+    metadata: Any = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @model_validator(mode="after")
+    def _limits(self) -> SamplingBody:
+        if len(self.stops) > MAX_STOPS:
+            raise ValueError(f"stop: {len(self.stops)} strings exceed the limit of {MAX_STOPS}")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only allowed when stream is true")
+        return self
+
+
+class ChatBody(SamplingBody):
+    messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict[str, Any])
+    echo: Literal[False] = False
+
+    @model_validator(mode="after")
+    def _chat(self) -> ChatBody:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs: {self.top_logprobs} needs logprobs to be true")
+        if self.add_generation_prompt and self.continue_final_message:
+            if "add_generation_prompt" in self.model_fields_set:
+                raise ValueError("continue_final_message: cannot be true together with add_generation_prompt")
+            self.add_generation_prompt = False
+        for number, message in enumerate(self.messages):
+            if not isinstance(message.get("role"), str):
+                raise ValueError(f"messages.{number}.role: a string is required")
+        return self
+
+    @property
+    def num_logprobs(self) -> int:
+        return self.top_logprobs if self.logprobs else -1
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class CompletionBody(SamplingBody):
+    prompt: str | list[TokenId] | list[list[TokenId]] | list[str] = Field(...)
+    max_tokens: int = Field(COMPLETION_MAX_TOKENS, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _completion(self) -> CompletionBody:
+        if not self.prompt:
+            raise ValueError("prompt: must not be empty")
+        if len(self.prompts) > MAX_PROMPTS:
+            raise ValueError(f"prompt: {len(self.prompts)} prompts exceed the limit of {MAX_PROMPTS}")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo: not supported together with logprobs (logprobs of the prompt are not computed)")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        prompt = self.prompt
+        if isinstance(prompt, str) or isinstance(prompt[0], int):
+            return [prompt]  # type: ignore[list-item]  # narrowed by its first item
+        return list(prompt)  # type: ignore[arg-type]  # a list of prompts
+
+    @property
+    def num_logprobs(self) -> int:
+        return -1 if self.logprobs is None else self.logprobs
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens
+
+
+class TokenizeBody(_Body):
+    """One of prompt and messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = Field(None, max_length=MAX_MESSAGES)
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict[str, Any])
+
+    @model_validator(mode="after")
+    def _one_of(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: send either prompt or messages")
+        return self
+
+
+class DetokenizeBody(_Body):
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+B = TypeVar("B", bound=_Body)
+
+
+def parse(kind: type[B], data: Any) -> tuple[B, list[str]]:
+    """The validated body, and the names of unknown fields (accepted, and told to the client).
+
+    Raises: InvalidRequest naming field, value and limit.
+    """
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"body: expected a JSON object, got {type(data).__name__}")
+    try:
+        body = kind.model_validate(data)
+    except ValidationError as error:
+        raise _explain(error) from error
+    extra = body.model_extra or {}
+    for name, value in extra.items():
+        harmless = UNSUPPORTED.get(name)
+        if harmless is not None and value not in harmless:
+            raise InvalidRequest(f"{name}: not supported by this server yet; leave it out", param=name)
+    return body, sorted(name for name in extra if name not in UNSUPPORTED)
+
+
+def _explain(error: ValidationError) -> InvalidRequest:
+    """The first problem in one sentence."""
+    problem = error.errors(include_url=False)[0]
+    if problem["type"] == "value_error":  # ours: names the field itself
+        message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
+        return InvalidRequest(message, param=message.split(":")[0].split(".")[0])
+    place = ".".join(str(part) for part in problem["loc"])
+    value = repr(problem["input"])
+    shown = "" if problem["type"] == "missing" else f" (got {value if len(value) <= 80 else value[:77] + '...'})"
+    return InvalidRequest(f"{place}: {problem['msg']}{shown}", param=str(problem["loc"][0]) if problem["loc"] else None)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What the model itself says: its limits, its end tokens, its own sampling defaults."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    defaults: GenerationDefaults = GenerationDefaults()
+
+
+def sampling_of(
+    body: ChatBody | CompletionBody, num_prompt_tokens: int, limits: ModelLimits
+) -> tuple[pb.SamplingParams, StopRules, TextRules]:
+    """How tokens are drawn, what ends them, and how they become text. Raises: InvalidRequest."""
+    max_tokens = _max_tokens(body, num_prompt_tokens, limits)
+    if body.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens: {body.min_tokens} exceeds max_tokens {max_tokens}; lower it", param="min_tokens"
+        )
+    defaults = limits.defaults
+    temperature = _first(body.temperature, defaults.temperature, 1.0)
+    top_k = max(0, int(_first(body.top_k, defaults.top_k, 0)))
+    sampling = pb.SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens,
+        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
+        top_k=0 if top_k >= limits.vocab_size else top_k,
+        top_p=_first(body.top_p, defaults.top_p, 1.0),
+        seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
+        stop_token_ids=body.stop_token_ids,
+        ignore_eos=body.ignore_eos,
+        num_logprobs=body.num_logprobs,
+        repetition_penalty=_first(body.repetition_penalty, defaults.repetition_penalty, 1.0),
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+    )
+    stop_rules = StopRules(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens,
+        stop_token_ids=frozenset(body.stop_token_ids),
+        eos_token_ids=frozenset() if body.ignore_eos else limits.eos_token_ids,
+    )
+    return sampling, stop_rules, TextRules(body.stops, body.include_stop_str_in_output, body.skip_special_tokens)
+
+
+def checked_prompt(body: ChatBody | CompletionBody, token_ids: list[int], limits: ModelLimits) -> tuple[int, ...]:
+    """The prompt's ids, cut where the client asked for it. Raises: InvalidRequest."""
+    if body.truncate_prompt_tokens is not None:
+        token_ids = token_ids[-body.truncate_prompt_tokens :]
+    field = "messages" if isinstance(body, ChatBody) else "prompt"
+    if not token_ids:
+        raise InvalidRequest(f"{field}: no tokens; send at least one", param=field)
+    largest = max(token_ids)
+    if largest >= limits.vocab_size:
+        raise InvalidRequest(
+            f"{field}: token id {largest} is not below the vocabulary size {limits.vocab_size}", param=field
+        )
+    return tuple(token_ids)
+
+
+def _max_tokens(body: ChatBody | CompletionBody, num_prompt_tokens: int, limits: ModelLimits) -> int:
+    room = limits.max_model_len - num_prompt_tokens
+    wanted = body.wanted_tokens
+    field = "messages" if isinstance(body, ChatBody) else "prompt"
+    if room < 1:
+        raise InvalidRequest(
+            f"{field}: {num_prompt_tokens} tokens leave no room in the model's maximum of {limits.max_model_len}; shorten it",
+            param=field,
+        )
+    if wanted is None:
+        return min(room, limits.defaults.max_new_tokens or room)
+    if wanted > room:
+        raise InvalidRequest(
+            f"max_tokens: {num_prompt_tokens} prompt tokens + {wanted} exceed the model's maximum of"
+            f" {limits.max_model_len}; ask for at most {room}",
+            param="max_tokens",
+        )
+    return wanted
+
+
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)
