@@ -19,7 +19,7 @@ from modelfiles.errors import CacheNotWritable, NoDiskSpace
 ENVIRONMENT_VARIABLE = "BATON_MODEL_CACHE"
 _WAIT_S = 0.1
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
+_UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 def default_cache_dir(environment: Mapping[str, str] = os.environ) -> Path:
@@ -78,7 +78,7 @@ def explained(folder: Path) -> Generator[None]:
             raise NoDiskSpace(
                 f"no space left on the disk of {folder}; free some, or set {ENVIRONMENT_VARIABLE} to another disk"
             ) from error
-        if error.errno in _READ_ONLY:
+        if error.errno in _UNUSABLE:
             raise CacheNotWritable(
                 f"cannot write to {folder} ({error.strerror}); set {ENVIRONMENT_VARIABLE} to a folder that you own"
             ) from error
