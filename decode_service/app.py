@@ -12,18 +12,19 @@ import grpc
 
 from decode_service.attempts import Attempts
 from decode_service.stream import GatewayStream
+from kvtransfer import rpc
 from kvtransfer.liveness import HEARTBEAT_INTERVAL_S
+from kvtransfer.protocol import PROTOCOL_VERSION
 from kvtransfer.protocol import baton_pb2 as pb
-from kvtransfer.protocol import baton_pb2_grpc as rpc
 from workerkit.engine_client import EngineClient
-from workerkit.messages import PROTOCOL_VERSION, worker_load
+from workerkit.messages import worker_load
 
 log = logging.getLogger(__name__)
 
 MAX_STREAMS = 256
 
 
-class DecodeServicer(rpc.DecodeWorkerServicer):
+class DecodeServicer:
     """Streams in and out; `Attempts` does the work."""
 
     def __init__(self, attempts: Attempts, engine: EngineClient, info: pb.WorkerInfo) -> None:
@@ -32,26 +33,18 @@ class DecodeServicer(rpc.DecodeWorkerServicer):
         self._info = info
         self._streams: set[GatewayStream] = set()
 
-    async def Hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloReply:
-        return pb.HelloReply(protocol_version=PROTOCOL_VERSION, worker=self._info, load=self._load())
+    def add_to(self, server: Any) -> None:
+        """Register DecodeWorker's methods on a grpc.aio server (before it starts)."""
+        methods = {
+            "Hello": rpc.unary_handler(self._hello, pb.HelloRequest.FromString, pb.HelloReply.SerializeToString),
+            "Generate": rpc.stream_handler(self._generate, pb.GenerateUp.FromString, pb.GenerateDown.SerializeToString),
+        }
+        server.add_generic_rpc_handlers((rpc.service_handler("baton.v1.DecodeWorker", methods),))
 
-    async def Generate(
-        self, request_iterator: AsyncIterator[pb.GenerateUp], context: Any
-    ) -> AsyncIterator[pb.GenerateDown]:
-        """One gateway's stream. Its end, however it comes, cancels every attempt on it."""
-        if len(self._streams) >= MAX_STREAMS:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"streams: the limit is {MAX_STREAMS}")
-        stream = GatewayStream(time.monotonic())
-        self._streams.add(stream)
-        reader = asyncio.create_task(self._read(stream, request_iterator), name="generate-read")
-        try:
-            stream.heartbeat(self._load())
-            async for message in stream.messages():
-                yield message
-        finally:
-            self._streams.discard(stream)
-            self._attempts.leave(stream)
-            reader.cancel()
+    async def aclose(self) -> None:
+        """End every stream, after what was queued on it."""
+        for stream in list(self._streams):
+            stream.cut()
 
     async def beat(self) -> None:
         """Say each second that we live, with the engine's step counter; cut gateways that fell silent."""
@@ -63,6 +56,28 @@ class DecodeServicer(rpc.DecodeWorkerServicer):
                     log.warning("gateway fell silent", extra={"num_attempts": len(stream.keys)})
                     stream.cut()
                 stream.heartbeat(load)
+
+    async def _hello(self, request: pb.HelloRequest, context: rpc.Context) -> pb.HelloReply:
+        return pb.HelloReply(protocol_version=PROTOCOL_VERSION, worker=self._info, load=self._load())
+
+    async def _generate(
+        self, requests: AsyncIterator[pb.GenerateUp], context: rpc.Context
+    ) -> AsyncIterator[pb.GenerateDown]:
+        """One gateway's stream. Its end, however it comes, cancels every attempt on it."""
+        if len(self._streams) >= MAX_STREAMS:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"streams: the limit is {MAX_STREAMS}")
+        stream = GatewayStream(time.monotonic())
+        self._streams.add(stream)
+        reader = asyncio.create_task(self._read(stream, requests), name="generate-read")
+        try:
+            stream.heartbeat(self._load())
+            async for message in stream.messages():
+                yield message
+        finally:
+            self._streams.discard(stream)
+            self._attempts.leave(stream)
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
 
     async def _read(self, stream: GatewayStream, requests: AsyncIterator[pb.GenerateUp]) -> None:
         try:

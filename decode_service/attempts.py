@@ -13,7 +13,7 @@ import asyncio
 import itertools
 import logging
 import time
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from decode_service.attempt import Attempt, RemoteOutcome
 from decode_service.messages import end_reason, engine_request, first_token_choices, token_message
@@ -32,7 +32,6 @@ from decode_service.stream import GatewayStream
 from engine.engine import Engine
 from engine.errors import EngineCrashed, EngineDraining, RequestInvalid, RequestUnknown
 from engine.messages import (
-    BlockSlot,
     EngineLoad,
     Event,
     PrefixMatch,
@@ -65,6 +64,12 @@ HAND_OVER_S = 10.0
 _SPEED_WEIGHT = 0.2
 
 
+class BlockMemory(Protocol):
+    """The KV memory, block by block (engine.kv_memory.KVMemory)."""
+
+    def block(self, block_id: int) -> memoryview: ...
+
+
 class Attempts:
     """All attempts of this worker. Lives on the asyncio loop; only its methods assign to an Attempt."""
 
@@ -72,6 +77,7 @@ class Attempts:
         self,
         engine: EngineClient,
         remote: RemotePrefill,
+        memory: BlockMemory,
         identity: ReplicaIdentity,
         *,
         default_policy: Policy,
@@ -83,6 +89,7 @@ class Attempts:
         self.is_draining = False
         self._engine = engine
         self._remote = remote
+        self._memory = memory
         self._identity = identity
         self._default_policy = default_policy
         self._max_num_requests = max_num_requests
@@ -100,7 +107,7 @@ class Attempts:
     def start(self, stream: GatewayStream, message: pb.GenerateRequest) -> None:
         """Take an attempt, or refuse it with its only Ended."""
         if message.key in stream.keys:
-            self._metrics.ignored.labels(kind="repeated_start").inc()
+            self._metrics.ignored.count("repeated_start")
             return
         if self.is_draining:
             return _refuse(stream, message.key, pb.END_DRAINING, "this worker is draining")
@@ -121,7 +128,7 @@ class Attempts:
         """Takes effect before the engine's next step."""
         engine_key = stream.keys.get(message.key)
         if engine_key is None:
-            self._metrics.ignored.labels(kind="late_cancel").inc()
+            self._metrics.ignored.count("late_cancel")
             return
         choices = tuple(message.choices)
         self._engine.post(lambda engine: engine.cancel(engine_key, choices))
@@ -288,11 +295,13 @@ class Attempts:
             transfer_s=fetched.commit.transfer_s,
         ), first_tokens(fetched.commit.first_tokens)
 
-    async def _reserve(self, attempt: Attempt) -> tuple[BlockSlot, ...]:
-        """Blocks to pull into, as soon as admission gives them."""
+    async def _reserve(self, attempt: Attempt) -> list[memoryview]:
+        """The memory of the blocks to pull into, as soon as admission gives them."""
         attempt.reserved = asyncio.get_running_loop().create_future()
         slots = await self._engine.call(lambda engine: engine.try_reserve_remote(attempt.engine_key))
-        return slots if slots is not None else await attempt.reserved
+        if slots is None:
+            slots = await attempt.reserved
+        return [self._memory.block(slot.block_id) for slot in slots]
 
     async def _commit(self, attempt: Attempt, tokens: dict[int, SampledToken]) -> None:
         """All KV is here and verified (T2): from now on this attempt may have tokens (T3)."""

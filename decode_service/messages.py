@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.messages import ChoiceStart, EndReason, EngineRequest, RequestEnded, TokenEvent
+from engine.request import FinishReason
 from kvtransfer.protocol import baton_pb2 as pb
 from workerkit.messages import sampling_params, token_logprobs
 
@@ -13,6 +14,9 @@ _END_REASONS = {
     EndReason.INVALID: pb.END_INVALID,
     EndReason.INTERNAL: pb.END_INTERNAL,
 }
+
+
+_FINISH_REASONS = {FinishReason.STOP: pb.FINISH_STOP, FinishReason.LENGTH: pb.FINISH_LENGTH}
 
 
 def engine_request(message: pb.GenerateRequest, engine_key: int, now: float) -> EngineRequest:
@@ -43,7 +47,7 @@ def token_message(gateway_key: int, event: TokenEvent) -> pb.Token:
         choice=event.choice,
         index=event.index,
         token_id=event.token.token_id,
-        finish=pb.FINISH_NONE if event.finish is None else pb.FinishReason.ValueType(event.finish.value),
+        finish=_FINISH_REASONS[event.finish] if event.finish is not None else pb.FINISH_NONE,
         logprob=event.token.logprob,
         top_logprobs=token_logprobs(event.token) if event.token.top_logprobs else None,
     )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from decode_service.app import DecodeServicer
 from decode_service.attempts import Attempts
 from decode_service.config import DecodeConfig, DisaggregationMode
+from decode_service.faults import FaultyPrefillClient
 from decode_service.placement import Policy
 from decode_service.remote import PrefillPool
-from engine.worker import KV_DTYPE
-from kvtransfer.protocol import baton_pb2_grpc as rpc
+from engine.worker import KV_DTYPE, Replica
+from kvtransfer.prefill_client import DecodeIdentity, PrefillClient
+from kvtransfer.protocol import baton_pb2 as pb
 from workerkit.engine_client import EngineClient
+from workerkit.messages import worker_load
 from workerkit.metrics import DecodeQueueMetrics, EngineMetrics
 from workerkit.process import WorkerProcess
 
@@ -34,12 +39,12 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
     )
     metrics = DecodeQueueMetrics(process.metrics)
     engine = EngineClient(replica.engine)
-    # 3. What fetches KV, and what owns the attempts.
-    info = process.describe(replica)
-    remote = PrefillPool(info, replica.kv, process.secret, config.transports, process.failpoints, metrics)
+    # 3. What fetches KV from prefill workers, and what owns the attempts.
+    pool = PrefillPool(_client_maker(config, process, replica, lambda: worker_load(engine.load)))
     attempts = Attempts(
         engine,
-        remote,
+        pool,
+        replica.kv,
         identity,
         default_policy=POLICIES[config.disaggregation],
         max_num_requests=config.max_num_requests,
@@ -47,23 +52,45 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
         metrics=metrics,
         failpoints=process.failpoints,
     )
-    engine.start(attempts.on_step, lambda: (attempts.on_crash(), process.engine_failed()))
+
+    def on_crash() -> None:
+        attempts.on_crash()
+        process.engine_failed()
 
     def refresh_metrics() -> None:
         engine_metrics.update(engine.load, engine.counters)
-        metrics.update(engine.load)
+        metrics.update(engine.load, pool.ignored())
 
+    engine.start(attempts.on_step, on_crash)
     process.refresh_metrics = refresh_metrics
     # 4. Serve until told to end.
-    servicer = DecodeServicer(attempts, engine, info)
-    await process.serve(lambda server: rpc.add_DecodeWorkerServicer_to_server(servicer, server))
+    servicer = DecodeServicer(attempts, engine, process.describe(replica))
+    await process.serve(servicer.add_to)
     process.spawn(servicer.beat(), "heartbeats")
     process.announce()
     status = await process.until_end(engine)
     # 5. Finish or hand over what runs, then leave.
     if status == 0:
         await attempts.drain(config.drain_s)
-    await remote.aclose()
+    await servicer.aclose()
+    await pool.aclose()
     await process.end()
     await engine.stop()
     return status
+
+
+def _client_maker(
+    config: DecodeConfig, process: WorkerProcess, replica: Replica, load: Callable[[], pb.WorkerLoad]
+) -> Callable[[str], PrefillClient]:
+    identity = DecodeIdentity(
+        worker_id=config.worker_id,
+        boot_id=process.boot_id,
+        layout_fingerprint=replica.identity.layout_fingerprint,
+        block_size=replica.identity.block_size,
+        block_bytes=replica.identity.block_bytes,
+        transports=config.transports,
+    )
+    failpoints = process.failpoints
+    if failpoints.active:
+        return lambda address: FaultyPrefillClient(address, identity, process.secret, load, failpoints)
+    return lambda address: PrefillClient(address, identity, process.secret, load)

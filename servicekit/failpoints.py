@@ -6,8 +6,8 @@ counted from 1 and acts once, at its k-th visit.
     kill-after-token=k            SIGKILL itself after the k-th token left the engine
     kill-after-chunk=k            ... after the k-th engine step that computed prompt tokens
     kill-after-block-published=k  ... after the k-th KV block was published (P)
-    kill-after-block-pulled=k     ... after the k-th KV block was pulled (D), or read by a puller (P)
-    kill-after-manifest=k         ... after the k-th manifest was sent (P)
+    kill-after-block-pulled=k     ... after the k-th KV block was pulled (D)
+    kill-after-prefill-done=k     ... after the k-th prompt was computed, as its manifest goes out (P)
     corrupt-published-block=k     flip one bit of the k-th block after its digest was taken (P)
     truncate-pulled-block=k       lose the second half of the k-th block on its way (D)
 """
@@ -24,7 +24,7 @@ NAMES = (
     "kill-after-chunk",
     "kill-after-block-published",
     "kill-after-block-pulled",
-    "kill-after-manifest",
+    "kill-after-prefill-done",
     "corrupt-published-block",
     "truncate-pulled-block",
 )

@@ -9,8 +9,6 @@ from engine.request import SampledToken, SamplingParams
 from engine.worker import ReplicaIdentity
 from kvtransfer.protocol import baton_pb2 as pb
 
-PROTOCOL_VERSION = 1
-
 
 def sampling_params(message: pb.SamplingParams) -> SamplingParams:
     return SamplingParams(

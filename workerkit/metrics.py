@@ -122,6 +122,22 @@ class EngineMetrics:
             self._told[name] = total
 
 
+class IgnoredMessages:
+    """Counts messages that had no effect, from totals by kind."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._counter = metrics.counter("baton_ignored_messages", "Messages without effect (T4).", ("kind",))
+        self._told: dict[str, int] = {}
+
+    def count(self, kind: str) -> None:
+        self._counter.labels(kind=kind).inc()
+
+    def update(self, totals: Mapping[str, int]) -> None:
+        for kind, total in totals.items():
+            self._counter.labels(kind=kind).inc(max(0, total - self._told.get(kind, 0)))
+            self._told[kind] = total
+
+
 class PrefillQueueMetrics:
     """A prefill worker's two of the four queues of a P/D system."""
 
@@ -129,14 +145,17 @@ class PrefillQueueMetrics:
         self._queue = metrics.gauge("baton_prefill_queue_requests", "Prompts queued at this prefill worker.")
         self._held = metrics.gauge("baton_prefill_held_requests", "Tickets whose KV is pinned for a decode worker.")
         self._held_tokens = metrics.gauge("baton_prefill_held_tokens", "Published tokens not yet released.")
-        self.published_blocks = metrics.counter("baton_published_blocks", "KV blocks published.")
-        self.tickets = metrics.counter("baton_tickets", "Tickets closed, by how they ended.", ("outcome",))
-        self.ignored = metrics.counter("baton_ignored_messages", "Messages without effect (T4).", ("kind",))
+        self._ignored = IgnoredMessages(metrics)
 
-    def update(self, load: LoadFacts, num_held: int) -> None:
+    def update(self, load: LoadFacts, num_tickets: int, ignored: Mapping[str, int]) -> None:
         self._queue.set(load.num_waiting)
-        self._held.set(num_held)
+        self._held.set(num_tickets - load.num_waiting if num_tickets > load.num_waiting else 0)
         self._held_tokens.set(load.num_held_tokens)
+        self._ignored.update(ignored)
+
+
+VERIFICATION_KINDS = ("corrupt", "truncated", "stale", "layout")
+"""kvtransfer.errors.FailureKind values that mean: what arrived is not what was announced (T2)."""
 
 
 class DecodeQueueMetrics:
@@ -155,10 +174,11 @@ class DecodeQueueMetrics:
         )
         self._decisions = metrics.counter("baton_prefill_decisions", "Where prompts went, and why.", ("path", "reason"))
         self._fallbacks = metrics.counter("baton_prefill_fallbacks", "Candidates given up, by failure.", ("reason",))
-        self.ignored = metrics.counter("baton_ignored_messages", "Messages without effect (T4).", ("kind",))
+        self.ignored = IgnoredMessages(metrics)
 
-    def update(self, load: LoadFacts) -> None:
+    def update(self, load: LoadFacts, ignored: Mapping[str, int]) -> None:
         self._promised.set(load.num_promised)
+        self.ignored.update(ignored)
         self._filling.set(load.num_filling)
 
     def count_decision(self, path: str, reason: str) -> None:
@@ -169,10 +189,10 @@ class DecodeQueueMetrics:
         self._bytes.labels(transport=transport).inc(num_bytes)
         self._seconds.labels(transport=transport).observe(exposed_s)
 
-    def count_failure(self, transport: str, kind: str, is_verification: bool) -> None:
-        self._transfers.labels(transport=transport, outcome="failed").inc()
+    def count_failure(self, kind: str) -> None:
+        self._transfers.labels(transport="", outcome="failed").inc()
         self._fallbacks.labels(reason=kind).inc()
-        if is_verification:
+        if kind in VERIFICATION_KINDS:
             self._failures.labels(kind=kind).inc()
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import grpc
+import grpc.aio
 
 from engine.worker import LoadPhase, OnProgress, Replica, ReplicaSpec, load_replica
 from kvtransfer.auth import SecretInterceptor
@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 # The engine's Python runs beside this loop's: 0.5 ms keeps heartbeats and tokens prompt (5 ms is the default).
 SWITCH_INTERVAL_S = 0.0005
 MAX_MESSAGE_BYTES = 32 << 20  # a prompt of a million tokens, as varints, with its logs
+# grpc has no type hints of its own.
+_aio: Any = grpc.aio
+
 EXIT_ENGINE_FAILED = 70  # EX_SOFTWARE
 
 # Shares of the start measured with SmolLM2 on 2 cores; they only shape the percent.
@@ -68,7 +71,7 @@ class WorkerProcess:
         self.refresh_metrics: Callable[[], None] = lambda: None
         self._engine_failed = asyncio.Event()
         self._http: HttpServer | None = None
-        self._server: grpc.aio.Server | None = None
+        self._server: Any = None
         self._tasks: list[asyncio.Task[None]] = []
         self._unannounce = contextlib.ExitStack()
 
@@ -112,9 +115,9 @@ class WorkerProcess:
             version=_version(),
         )
 
-    async def serve(self, add: Callable[[grpc.aio.Server], None]) -> None:
+    async def serve(self, add: Callable[[Any], None]) -> None:
         """Open the gRPC port; `address` is what others reach it by."""
-        server = grpc.aio.server(
+        server = _aio.server(
             interceptors=[SecretInterceptor(self.secret)],
             options=[
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

@@ -1,0 +1,61 @@
+"""Faults of a decode worker's pulls on demand, for chaos tests (servicekit/failpoints.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from kvtransfer.auth import Secret
+from kvtransfer.prefill_client import DecodeIdentity, PrefillClient
+from kvtransfer.protocol import baton_pb2 as pb
+from kvtransfer.transport import BlockPuller, BlockRead, BlockTransport, OnRead, SourceBlock
+from servicekit.failpoints import Failpoints
+
+
+class FaultyPrefillClient(PrefillClient):
+    """Loses half of a block, or dies, as blocks arrive."""
+
+    def __init__(
+        self,
+        address: str,
+        identity: DecodeIdentity,
+        secret: Secret,
+        load: Callable[[], pb.WorkerLoad],
+        failpoints: Failpoints,
+    ) -> None:
+        super().__init__(address, identity, secret, load)
+        self._failpoints = failpoints
+
+    def _transports_for(self, worker: pb.WorkerInfo) -> list[BlockTransport]:
+        return [_FaultyTransport(transport, self._failpoints) for transport in super()._transports_for(worker)]
+
+
+class _FaultyTransport:
+    def __init__(self, transport: BlockTransport, failpoints: Failpoints) -> None:
+        self.name = transport.name
+        self._transport = transport
+        self._failpoints = failpoints
+
+    async def open(self, ticket: bytes, boot_id: bytes) -> BlockPuller:
+        return _FaultyPuller(await self._transport.open(ticket, boot_id), self._failpoints)
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+
+class _FaultyPuller:
+    def __init__(self, puller: BlockPuller, failpoints: Failpoints) -> None:
+        self._puller = puller
+        self._failpoints = failpoints
+
+    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:
+        def faulty(read: BlockRead) -> None:
+            self._failpoints.kill_if_due("kill-after-block-pulled")
+            if self._failpoints.due("truncate-pulled-block"):
+                read = replace(read, num_bytes=read.num_bytes // 2)
+            on_read(read)
+
+        await self._puller.pull(blocks, destinations, faulty)
+
+    async def aclose(self) -> None:
+        await self._puller.aclose()

@@ -1,0 +1,86 @@
+"""A prefill worker, from its first probe to its exit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from engine.worker import KV_DTYPE
+from kvtransfer.prefill_server import PrefillServer
+from kvtransfer.prefill_side import HeldTokens, PrefillLimits
+from kvtransfer.transport import BlockSource
+from prefill_service.backend import EngineBackend
+from prefill_service.config import PrefillConfig
+from prefill_service.faults import FaultyBlockSource
+from workerkit.engine_client import EngineClient
+from workerkit.metrics import EngineMetrics, PrefillQueueMetrics
+from workerkit.process import WorkerProcess
+
+log = logging.getLogger(__name__)
+
+DRAIN_POLL_S = 0.05
+
+
+async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
+    """The whole flow of the process; returns its exit status."""
+    # 1. Answer probes, then load.
+    await process.begin()
+    replica = await process.load()
+    if replica is None:
+        return 0
+    # 2. The engine on its thread; its steps arrive here.
+    identity = replica.identity
+    engine_metrics = EngineMetrics(
+        process.metrics, block_size=identity.block_size, num_blocks=identity.num_blocks, cache_dtype=KV_DTYPE
+    )
+    metrics = PrefillQueueMetrics(process.metrics)
+    engine = EngineClient(replica.engine)
+    backend = EngineBackend(engine, engine_metrics, process.failpoints)
+    # 3. What hands KV out.
+    faults = process.failpoints
+    source = (
+        FaultyBlockSource(replica.kv.buffer, identity.block_bytes, process.boot_id, faults)
+        if faults.active
+        else BlockSource(replica.kv.buffer, identity.block_bytes, process.boot_id)
+    )
+    limits = PrefillLimits(max_prompt_tokens=identity.max_model_len, max_tickets=config.max_num_requests)
+    server = PrefillServer(process.describe(replica), backend, source, limits, HeldTokens(config.max_held_tokens))
+    backend.connect(server.deliver)
+
+    def on_crash() -> None:
+        backend.on_crash()
+        process.engine_failed()
+
+    def refresh_metrics() -> None:
+        engine_metrics.update(engine.load, engine.counters)
+        metrics.update(engine.load, server.num_tickets, server.ignored)
+
+    engine.start(backend.on_step, on_crash)
+    process.refresh_metrics = refresh_metrics
+    # 4. Serve until told to end.
+    await process.serve(server.add_to)
+    process.announce()
+    status = await process.until_end(engine)
+    # 5. Let decode workers take what was promised to them, then leave.
+    if status == 0:
+        await _drain(server, config.drain_s)
+    await server.aclose()
+    await process.end()
+    await engine.stop()
+    return status
+
+
+async def _drain(server: PrefillServer, patience_s: float) -> None:
+    """Refuse new prompts and wait until every ticket is closed, `patience_s` at most."""
+    server.drain()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(patience_s):
+            await _until_idle(server)
+    if server.num_tickets:
+        log.warning("tickets left at the end of the drain", extra={"num_tickets": server.num_tickets})
+
+
+async def _until_idle(server: PrefillServer) -> None:
+    while server.num_tickets:  # noqa: ASYNC110  twenty looks a second, once in a process's life
+        await asyncio.sleep(DRAIN_POLL_S)
