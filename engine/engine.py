@@ -99,7 +99,7 @@ class Engine:
         """
         validate_request(request, self.config)
         group = self._register(request, request.choices, Phase.MATCHED)
-        return self._match_of(len(self._memory.match(group.leader)))
+        return self._match_of(len(self._memory.match(group.leader, group.leader.num_prompt_tokens)))
 
     def start_local(self, key: int) -> None:
         """Queue a matched request: prefill in chunks here, then decode."""

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from engine.batch import Batch, Chunk
-from engine.request import SampledToken, Sequence
+from engine.request import SampledToken, SamplingParams, Sequence
 
 _SLOT_BYTES = 8
 
@@ -70,14 +70,31 @@ class FakeRunner:
         return hashes[-1]
 
     def _draw(self, sampler: Sequence, prefix: int) -> SampledToken:
-        position = len(sampler.token_ids)
-        key = f"{prefix} {sampler.sampling.seed} {sampler.choice} {position}".encode()
-        drawn = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+        drawn = _hash_of(prefix, sampler.sampling.seed, sampler.choice, len(sampler.token_ids))
         token_id = drawn % self.vocab_size
         logprob = -1.0 - (drawn >> 32) / 2**32
         num_top = max(sampler.sampling.num_logprobs, 0)
         top = tuple(((token_id + rank) % self.vocab_size, logprob - rank) for rank in range(num_top))
         return SampledToken(sampler.sequence_id, token_id, logprob, top)
+
+
+def expected_output(
+    prompt_token_ids: Iterable[int], sampling: SamplingParams, choice: int = 0, vocab_size: int = 64,
+    eos_token_ids: Iterable[int] = (), max_model_len: int = 2**31,
+) -> list[int]:  # fmt: skip
+    """What a choice must say on any engine with a FakeRunner, computed without an engine: the oracle of the tests."""
+    token_ids, output = list(prompt_token_ids), list[int]()
+    stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)}
+    max_output = min(sampling.max_tokens, max_model_len - len(token_ids))
+    hashes = prefix_hashes(token_ids)
+    while len(output) < max_output:
+        token_id = _hash_of(hashes[-1], sampling.seed, choice, len(token_ids)) % vocab_size
+        token_ids.append(token_id)
+        output.append(token_id)
+        if token_id in stops and len(output) >= sampling.min_tokens:
+            break
+        hashes = prefix_hashes(token_ids)
+    return output
 
 
 def prefix_hashes(token_ids: Iterable[int]) -> list[int]:
@@ -87,3 +104,8 @@ def prefix_hashes(token_ids: Iterable[int]) -> list[int]:
         digest = hashlib.blake2b(digest + token_id.to_bytes(4, "little"), digest_size=8).digest()
         hashes.append(int.from_bytes(digest, "little") | 1)
     return hashes
+
+
+def _hash_of(prefix: int, seed: int, choice: int, position: int) -> int:
+    key = f"{prefix} {seed} {choice} {position}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")

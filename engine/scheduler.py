@@ -338,7 +338,7 @@ class Scheduler:
         held, num_prompt_tokens = self.num_held_tokens, group.leader.num_prompt_tokens
         if held and held + num_prompt_tokens > self._config.max_held_tokens:
             return False
-        matched = self._memory.match(group.leader)
+        matched = self._memory.match(group.leader, num_prompt_tokens)
         num_blocks = self._memory.blocks_for(num_prompt_tokens)
         if self._memory.num_missing(matched, num_blocks) > self._pool.num_available:
             return False
@@ -351,7 +351,7 @@ class Scheduler:
 
     def _start_prompt(self, group: Group) -> None:
         leader = group.leader
-        self._memory.take_prefix(leader, self._memory.match(leader))
+        self._memory.take_prefix(leader, self._memory.match(leader, leader.num_prompt_tokens))
         self._memory.grow(leader, leader.num_prompt_tokens)
         self._pin(group)
         self.transfers[group.key] = group
@@ -363,13 +363,15 @@ class Scheduler:
             self._refused_for -= 1
             return
         while (sequence := self._next_waiting(plan)) is not None:
-            matched = self._memory.match(sequence)
+            is_promise = sequence.group.phase is Phase.PROMISE_QUEUED  # then the log is not part of it
+            target = sequence.num_prompt_tokens if is_promise else sequence.target
+            matched = self._memory.match(sequence, target)
             if not self._fits(sequence, matched):
                 self._refused_for = RETRY_STEPS
                 return
             del self._waiting[sequence.sequence_id]
             self._memory.take_prefix(sequence, matched)
-            if sequence.group.phase is Phase.PROMISE_QUEUED:
+            if is_promise:
                 self._promise(sequence.group, len(matched))
                 plan.promised.append(sequence.group)
             else:

@@ -23,11 +23,11 @@ class SequenceMemory:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def match(self, sequence: ScheduledSequence) -> list[int]:
-        """Cached blocks of the sequence's prefix, whole ones, short of the last position before its target."""
+    def match(self, sequence: ScheduledSequence, target: int) -> list[int]:
+        """Cached blocks of the sequence's prefix, whole ones, short of the last position before `target`."""
         if not self._prefix_caching:
             return []
-        limit = (sequence.target - 1) // self.block_size
+        limit = (target - 1) // self.block_size
         self._extend_links(sequence, limit)
         return self.cache.match(sequence.links[:limit])
 
