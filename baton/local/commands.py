@@ -56,7 +56,7 @@ def show_logs(name: str | None, worker: str | None, *, follow: bool, num_lines: 
 def stop_service(name: str | None) -> None:
     """Ask for the stop and wait until nothing of the run is left. Raises: ControlError if that takes too long."""
     run = find_run(name)
-    send_command(run, Command(Verb.DOWN), timeout_s=COMMAND_TIMEOUT_S)
+    supervisor_pid = send_command(run, Command(Verb.DOWN), timeout_s=COMMAND_TIMEOUT_S).pid
     try:
         lock_fd = take_lock(run, patience_s=DOWN_TIMEOUT_S)
     except AlreadyRunning as error:
@@ -65,6 +65,7 @@ def stop_service(name: str | None) -> None:
         ) from error
     run.clean()
     os.close(lock_fd)
+    _wait_for_end(supervisor_pid)
     print(f"{run.name} is down")
 
 
@@ -120,6 +121,20 @@ def _ask_ps(run: RunDir) -> Reply:
 def _has_scaled(reply: Reply, pool: str, replicas: int) -> bool:
     members = [view for view in reply.processes if view.role == pool]
     return len(members) == replicas and all(view.state == "ready" for view in members)
+
+
+def _wait_for_end(pid: int) -> None:
+    """The supervisor closes last: its interpreter is a moment behind the janitor, which has cleaned up."""
+    import psutil
+
+    deadline = time.monotonic() + COMMAND_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return
+        except psutil.NoSuchProcess:
+            return
+        time.sleep(0.02)
 
 
 def _print_lines(worker_id: str, text: str, *, is_alone: bool) -> None:

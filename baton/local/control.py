@@ -58,6 +58,7 @@ class Reply:
     service: str = ""
     state: str = ""
     url: str = ""
+    pid: int = 0
     processes: tuple[ProcessView, ...] = ()
 
 

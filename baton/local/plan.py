@@ -56,7 +56,6 @@ class ModelFacts:
     model_id: str
     weight_bytes: int
     kv_bytes_per_token: int
-    max_model_len: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,7 +218,14 @@ class Supervisor:
 
     def _reply(self, message: str) -> Reply:
         views = tuple(process.view() for process in self._processes.values())
-        return Reply(message=message, service=self._run.name, state=self._state, url=self.url, processes=views)
+        return Reply(
+            message=message,
+            service=self._run.name,
+            state=self._state,
+            url=self.url,
+            pid=os.getpid(),
+            processes=views,
+        )
 
     # ------------------------------------------------------------ edges of a run
 

@@ -27,7 +27,7 @@ def start_in_foreground(file: Path | None, port: int | None) -> None:
     started_at = time.monotonic()
     service = load_service(file, port)
     run = RunDir(state_dir(os.environ) / service.metadata.name)
-    lock_fd = take_lock(run, patience_s=LOCK_PATIENCE_S)
+    lock_fd = _take_lock(run)
     reporter = make_reporter(started_at)
     try:
         run.prepare()
@@ -48,7 +48,7 @@ def start_detached(file: Path | None, port: int | None) -> None:
     """
     service = load_service(file, port)  # a mistake in the file is said here, not in a log
     run = RunDir(state_dir(os.environ) / service.metadata.name)
-    os.close(take_lock(run, patience_s=LOCK_PATIENCE_S))
+    os.close(_take_lock(run))
     run.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
     log_path = run.log_of(SUPERVISOR_LOG)
     arguments = [*(["--file", str(file)] if file else []), *(["--port", str(port)] if port else [])]
@@ -64,6 +64,17 @@ def start_detached(file: Path | None, port: int | None) -> None:
         _print_new(said.read())
     if supervisor.poll() is not None:
         raise StartFailed(f"the service ended with exit code {supervisor.returncode}; its log is {log_path}")
+
+
+def _take_lock(run: RunDir) -> int:
+    """Wait for the janitor of a run that has died, but not for a run that answers. Raises: AlreadyRunning."""
+    try:
+        send_command(run, Command(Verb.PS), timeout_s=5.0)
+    except NotRunning:
+        return take_lock(run, patience_s=LOCK_PATIENCE_S)
+    except ControlError:
+        pass  # it listens, if only just: stopping, perhaps
+    return take_lock(run, patience_s=0.0)
 
 
 def _is_ready(run: RunDir) -> bool:

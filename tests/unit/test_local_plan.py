@@ -28,9 +28,7 @@ from baton.local.plan import (
 )
 from baton_operator.resources import API_VERSION, LLMService, parse_llm_service
 
-MODEL = ModelFacts(
-    Path("/models/tiny.gguf"), "tiny", weight_bytes=500 * MIB, kv_bytes_per_token=46080, max_model_len=8192
-)
+MODEL = ModelFacts(Path("/models/tiny.gguf"), "tiny", weight_bytes=500 * MIB, kv_bytes_per_token=46080)
 PATHS = RunPaths(Path("/run/registry"), Path("/run/secret"))
 LAPTOP = Machine(cpus=8, memory_bytes=16384 * MIB)
 

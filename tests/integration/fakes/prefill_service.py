@@ -1,0 +1,5 @@
+"""`python -m prefill_service` for tests of the supervisor."""
+
+from fake_process import main
+
+main("prefill")
