@@ -9,6 +9,7 @@ import logging
 from engine.worker import KV_DTYPE
 from kvtransfer.prefill_server import PrefillServer
 from kvtransfer.prefill_side import HeldTokens, PrefillLimits
+from kvtransfer.shm_transport import ShmBlockServer, is_available
 from kvtransfer.transport import BlockSource
 from prefill_service.backend import EngineBackend
 from prefill_service.config import PrefillConfig
@@ -44,8 +45,10 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
         if faults.active
         else BlockSource(replica.kv.buffer, identity.block_bytes, process.boot_id)
     )
+    shared = ShmBlockServer(source, replica.kv.fd, process.secret) if offers_shared_memory(config) else None
+    info = process.describe(replica, await shared.start() if shared else "")
     limits = PrefillLimits(max_prompt_tokens=identity.max_model_len, max_tickets=config.max_num_requests)
-    server = PrefillServer(process.describe(replica), backend, source, limits, HeldTokens(config.max_held_tokens))
+    server = PrefillServer(info, backend, source, limits, HeldTokens(config.max_held_tokens))
     backend.connect(server.deliver)
 
     def on_crash() -> None:
@@ -66,9 +69,15 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
     if status == 0:
         await _drain(server, config.drain_s)
     await server.aclose()
+    if shared:
+        await shared.aclose()
     await process.end()
     await engine.stop()
     return status
+
+
+def offers_shared_memory(config: PrefillConfig) -> bool:
+    return "shm" in config.transports and is_available()
 
 
 async def _drain(server: PrefillServer, patience_s: float) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -24,16 +23,6 @@ EXIT_PARENT_GONE = 75  # EX_TEMPFAIL: nothing is wrong with this process, nobody
 def new_boot_id() -> bytes:
     """16 random bytes that name this run of the process; compared for equality only."""
     return secrets.token_bytes(16)
-
-
-def host_id() -> str:
-    """Equal for processes that can map each other's memory: same boot of the host, same network namespace.
-
-    The network namespace counts because the memfd is handed out over an abstract unix socket, whose name ends there.
-    """
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    namespace = os.readlink("/proc/self/ns/net")
-    return hashlib.sha256(f"{boot} {namespace}".encode()).hexdigest()[:32]
 
 
 def read_secret(path: Path) -> str:

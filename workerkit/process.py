@@ -22,6 +22,7 @@ import grpc.aio
 from engine.worker import LoadPhase, OnProgress, Replica, ReplicaSpec, load_replica
 from kvtransfer.auth import SecretInterceptor
 from kvtransfer.protocol import baton_pb2 as pb
+from kvtransfer.shm_transport import host_id
 from servicekit import failpoints, lifecycle, logs
 from servicekit.health import HealthState, HttpServer, Phase, ProgressWatch, health_app, start_http
 from servicekit.metrics import Metrics
@@ -62,7 +63,7 @@ class WorkerProcess:
         self.address = ""
         self._load = load
         self.boot_id = lifecycle.new_boot_id()
-        self.host_id = lifecycle.host_id()
+        self.host_id = host_id()
         self.secret = config.load_secret()
         self.failpoints = failpoints.parse(config.failpoints, os.environ)
         self.health = HealthState(PHASES)
