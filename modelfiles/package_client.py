@@ -19,6 +19,7 @@ from modelfiles.cache import ENVIRONMENT_VARIABLE
 from modelfiles.errors import ClientMissing, FetchError, NoDiskSpace
 
 _POLL_S = 0.1
+_PROBE_S = 30.0
 _CREDENTIALS = re.compile(r"//[^/@\s]+@")
 
 
@@ -34,15 +35,21 @@ def find_client() -> list[str]:
     """The command line of a `pip`: this interpreter's, the one on PATH, or the one that uv can run."""
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
-    pip = shutil.which("pip") or shutil.which("pip3")
-    if pip is not None:
-        return [pip]
+    for name in ("pip", "pip3"):
+        pip = shutil.which(name)
+        if pip is not None and _works(pip):
+            return [pip]
     uv = shutil.which("uv")
     if uv is not None:
         return [uv, "tool", "run", "pip"]  # uv itself has no `download`
     raise ClientMissing(
         "neither pip nor uv was found to download the model with; install one of them (python -m ensurepip)"
     )
+
+
+def _works(pip: str) -> bool:
+    """A version manager's shim is on PATH even where no Python behind it has pip."""
+    return subprocess.run([pip, "--version"], capture_output=True, check=False, timeout=_PROBE_S).returncode == 0
 
 
 def download_wheel(

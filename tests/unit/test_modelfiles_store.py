@@ -268,8 +268,10 @@ def test_a_waiting_caller_is_shown_the_progress_of_the_other(index: Index) -> No
 
 def test_a_client_is_found_or_its_lack_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}" if name == "uv" else None)
+    monkeypatch.setattr("shutil.which", {"pip": "/bin/false", "uv": "/bin/uv"}.get)
     assert find_client() == ["/bin/uv", "tool", "run", "pip"]
+    monkeypatch.setattr("shutil.which", {"pip3": "/bin/true"}.get)
+    assert find_client() == ["/bin/true"]
     monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(ClientMissing, match="neither pip nor uv"):
         find_client()
