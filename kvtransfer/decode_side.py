@@ -9,7 +9,7 @@ One `DecodeSide` per control stream, that is per pair of D and one incarnation o
 
     Send     put the message on the control stream
     Reserve  get blocks for the prompt, then call `reserved`
-    Pull     move the blocks, take each digest over the destination, call `block_read` per block;
+    Pull     move the blocks, take each digest over the destination, call `blocks_read` as they arrive;
              on an error call `pull_stopped(error)`
     StopPulling   end the pull; when nothing writes into the destinations any more, call `pull_stopped`
     Commit / Fail the last action of a transfer, exactly one of them. Only after Commit may a token of this attempt
@@ -125,6 +125,14 @@ class Fail:
     failure: TransferFailure
 
 
+@dataclass(frozen=True, slots=True)
+class ArrivedBlock:
+    """What the transport saw, and the digest taken over the destination after the read."""
+
+    read: BlockRead
+    digest: bytes
+
+
 Action = Send | Reserve | Pull | StopPulling | Commit | Fail
 
 
@@ -174,9 +182,10 @@ class DecodeSide:
         block_size: int,
         block_bytes: int,
         limits: DecodeLimits = DecodeLimits(),
+        ignored: Counter[str] | None = None,
     ) -> None:
         """`boot_id` is P's, from its Hello on this connection; the rest must be equal on both sides."""
-        self.ignored: Counter[str] = Counter()
+        self.ignored = ignored if ignored is not None else Counter[str]()
         self._boot_id = boot_id
         self._layout = layout_fingerprint
         self._block_size = block_size
@@ -254,16 +263,17 @@ class DecodeSide:
             return self._ignore("late_reservation")
         return self._give_up(transfer, failure, tell_peer=True)
 
-    def block_read(self, transfer_id: int, read: BlockRead, digest: bytes, now: float) -> list[Action]:
-        """A block arrived; `digest` was taken over its destination, after the read (T2)."""
+    def blocks_read(self, transfer_id: int, arrived: Sequence[ArrivedBlock], now: float) -> list[Action]:
+        """Blocks arrived, and are checked (T2). One acknowledgement answers all of them."""
         transfer = self._transfers.get(transfer_id)
         if transfer is None or transfer.state not in (_S.FILLING, _S.VERIFYING):
             return self._ignore("late_block")
         try:
-            self._verify_block(transfer, read, digest)
+            for block in arrived:
+                self._verify_block(transfer, block.read, block.digest)
+                transfer.verified.add(block.read.index)
         except _Refused as refused:
             return self._give_up(transfer, refused.failure, tell_peer=True)
-        transfer.verified.add(read.index)
         self._renew(transfer, now)
         return [*self._acknowledge(transfer), *self._grant(transfer), *self._commit_if_complete(transfer, now)]
 
@@ -422,9 +432,9 @@ class DecodeSide:
         ref = transfer.refs.get(read.index)
         if ref is None or read.index in transfer.verified:
             raise _Refused(FailureKind.PROTOCOL, f"block {read.index} was not asked for")
-        _require_equal(FailureKind.TRUNCATED, f"bytes of block {read.index}", read.num_bytes, self._block_bytes)
         _require_equal(FailureKind.STALE, f"boot id of block {read.index}", read.boot_id, self._boot_id)
         _require_equal(FailureKind.STALE, f"generation of block {read.index}", read.generation, ref.generation)
+        _require_equal(FailureKind.TRUNCATED, f"bytes of block {read.index}", read.num_bytes, self._block_bytes)
         _require_equal(FailureKind.CORRUPT, f"digest of block {read.index}", digest, ref.digest)
 
     def _commit_if_complete(self, transfer: _Transfer, now: float) -> list[Action]:

@@ -24,29 +24,12 @@ from kvtransfer.auth import Secret
 from kvtransfer.errors import BlockNotPublished, PullError, TicketRefused, TransportLost
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.transport import (
-    MAX_OUTSTANDING_BYTES,
     MAX_PIECE_BYTES,
     BlockPuller,
     BlockRead,
     BlockSource,
     OnRead,
     SourceBlock,
-)
-
-MAX_MESSAGE_BYTES = 4 << 20
-"""Largest message of any of our streams: a control message with a 500,000-token prompt, or a piece and its header."""
-
-CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.use_local_subchannel_pool", 1),  # data and control never share a connection
-    ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", MAX_OUTSTANDING_BYTES),
-    ("grpc.http2.max_frame_size", MAX_PIECE_BYTES),
-    ("grpc.http2.write_buffer_size", MAX_MESSAGE_BYTES),
-    ("grpc.experimental.tcp_read_chunk_size", MAX_MESSAGE_BYTES),
-    ("grpc.experimental.tcp_min_read_chunk_size", MAX_MESSAGE_BYTES),
-    ("grpc.experimental.tcp_max_read_chunk_size", 4 * MAX_MESSAGE_BYTES),
 )
 
 _METHOD = "/baton.v1.PrefillWorker/Pull"
@@ -108,9 +91,10 @@ class GrpcBlockTransport:
     name = "grpc"
 
     def __init__(self, address: str, secret: Secret, block_bytes: int, max_threads: int = 16) -> None:
+        self._address = address
         self._secret = secret
         self._block_bytes = block_bytes
-        self._channel = rpc.sync_channel(address, CHANNEL_OPTIONS)
+        self._channel = rpc.sync_channel(address, rpc.DATA_OPTIONS)
         self._call = rpc.stream_call(self._channel, _METHOD, pb.PullUp.SerializeToString, _identity)
         self._threads = ThreadPoolExecutor(max_threads, thread_name_prefix="pull")
 

@@ -178,9 +178,10 @@ class PrefillSide:
         held: HeldTokens,
         next_key: Callable[[], int],
         mint: Callable[[], bytes] = lambda: secrets.token_bytes(TICKET_BYTES),
+        ignored: Counter[str] | None = None,
     ) -> None:
         """`next_key` names prompts towards the engine: unique over all streams of this worker."""
-        self.ignored: Counter[str] = Counter()
+        self.ignored = ignored if ignored is not None else Counter[str]()
         self.is_draining = False
         self._boot_id = boot_id
         self._layout = layout_fingerprint

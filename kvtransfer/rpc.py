@@ -23,6 +23,31 @@ else:
     ServerInterceptor = grpc.aio.ServerInterceptor
 
 
+MAX_MESSAGE_BYTES = 4 << 20
+"""Largest message of any of our streams: a control message with a 500,000-token prompt, or a piece and its header."""
+
+CONTROL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.use_local_subchannel_pool", 1),  # data and control never share a connection
+)
+
+DATA_OPTIONS: tuple[tuple[str, int], ...] = (
+    *CONTROL_OPTIONS,
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 64 << 20),  # the window holds all the credit
+    ("grpc.http2.max_frame_size", 1 << 20),
+    ("grpc.http2.write_buffer_size", MAX_MESSAGE_BYTES),
+    ("grpc.experimental.tcp_read_chunk_size", MAX_MESSAGE_BYTES),
+    ("grpc.experimental.tcp_min_read_chunk_size", MAX_MESSAGE_BYTES),
+    ("grpc.experimental.tcp_max_read_chunk_size", 4 * MAX_MESSAGE_BYTES),
+)
+"""For a channel that pulls blocks, and for the server that answers it. Measured: docs/log.md, bench/transfer.py."""
+
+RPC_ERRORS: tuple[type[BaseException], ...] = (_aio.AioRpcError, _aio.UsageError, _aio.InternalError, _aio.BaseError)
+"""A call that was ended by the peer, the network or the closing of its channel."""
+
+
 def stream_handler(
     behaviour: Callable[..., Any], parse: Callable[[bytes], Any] | None, serialize: Callable[[Any], bytes] | None
 ) -> Handler:
@@ -57,3 +82,10 @@ def sync_channel(address: str, options: tuple[tuple[str, int], ...]) -> Any:
 
 def aio_channel(address: str, options: tuple[tuple[str, int], ...]) -> Any:
     return _aio.insecure_channel(address, options=list(options))
+
+
+def status(error: Any) -> str:
+    """Code and details of a failed call, for logs."""
+    if isinstance(error, grpc.RpcError) and hasattr(error, "code"):
+        return f"{error.code().name}: {error.details()}"[:200]
+    return str(error)[:200]

@@ -1,0 +1,350 @@
+"""P's end of the hand-over: serves Hello, Prefill and Pull, and bridges to the engine through `PrefillBackend`.
+
+    engine thread --deliver(events)--> digest thread --> asyncio loop: PrefillSide --> messages, backend calls
+
+Control streams, heartbeats and Pull run on the asyncio loop; the engine has its own thread and no coroutine waits for
+it. Digests are taken on a third thread that handles events in the order in which they were delivered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol, assert_never
+
+from kvtransfer import rpc
+from kvtransfer.digest import block_digest
+from kvtransfer.grpc_transport import GrpcBlockServer
+from kvtransfer.liveness import HEARTBEAT_INTERVAL_S, LivenessMonitor, Verdict
+from kvtransfer.prefill_side import (
+    CloseTicket,
+    GrantBackend,
+    HeldTokens,
+    OpenTicket,
+    PrefillAction,
+    PrefillLimits,
+    PrefillSide,
+    Publish,
+    ReadyBlock,
+    ReleaseBackend,
+    SendDown,
+    StartBackend,
+)
+from kvtransfer.protocol import PROTOCOL_VERSION
+from kvtransfer.protocol import baton_pb2 as pb
+from kvtransfer.transport import BlockSource
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.25
+MAX_QUEUED_MESSAGES = 65_536
+"""Messages that one D may leave unread before its stream is ended."""
+
+
+class FilledBlock(Protocol):
+    """A block of the engine whose bytes will not change any more (engine.messages.BlockSlot is one)."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def block_id(self) -> int: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillStarting:
+    """The engine reserved the prompt's whole need; it will report `num_blocks` blocks from num_blocks_held on."""
+
+    key: int
+    num_blocks: int
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksFilled:
+    """Full blocks, ascending, each once; those taken from P's own cache as well."""
+
+    key: int
+    blocks: Sequence[FilledBlock]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    """Every full block was reported. `tail` is the partial last block, unused slots zeroed."""
+
+    key: int
+    tail: FilledBlock | None
+    first_tokens: Sequence[pb.FirstToken]
+    queue_s: float
+    prefill_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillGivenUp:
+    """The engine will not finish this prompt. It still gets its `release`."""
+
+    key: int
+    reason: pb.PrefillFailure
+    message: str
+
+
+BackendEvent = PrefillStarting | BlocksFilled | PrefillDone | PrefillGivenUp
+
+
+class PrefillBackend(Protocol):
+    """The engine as P's end sees it. Called on the asyncio thread: must not block, answers through `deliver`."""
+
+    def start_prefill(self, key: int, start: pb.StartPrefill) -> None:
+        """Queue a prompt (deadline_s and ttft_left_s count from now). `key` is unique in this process."""
+        ...
+
+    def grant_credit(self, key: int, num_blocks: int) -> None:
+        """The engine may fill so many blocks more. Publishing is bounded by credit here in any case."""
+        ...
+
+    def release(self, key: int, ok: bool) -> None:
+        """The transfer lets go of every block of `key`, or wants it no more: exactly once per start_prefill, whatever
+        happened before, and no read of its blocks is under way. Stops the prompt if it still runs."""
+        ...
+
+    def load(self) -> pb.WorkerLoad:
+        """For heartbeats and Hello; num_held_tokens is filled in by the server."""
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class _Session:
+    """One control stream: one D."""
+
+    side: PrefillSide
+    monitor: LivenessMonitor
+    outgoing: asyncio.Queue[pb.PrefillDown] = field(default_factory=asyncio.Queue[pb.PrefillDown])
+
+
+class PrefillServer:
+    """All control and data streams of one prefill worker. Lives on one asyncio loop; only `deliver` is thread-safe."""
+
+    def __init__(
+        self,
+        worker: pb.WorkerInfo,
+        backend: PrefillBackend,
+        source: BlockSource,
+        limits: PrefillLimits,
+        held: HeldTokens,
+    ) -> None:
+        assert worker.boot_id == source.boot_id
+        assert worker.block_bytes == source.block_bytes
+        self.ignored: Counter[str] = Counter()
+        self._worker = worker
+        self._backend = backend
+        self._source = source
+        self._limits = limits
+        self._held = held
+        self._keys = itertools.count(1)
+        self._sessions: set[_Session] = set()
+        self._by_key: dict[int, _Session] = {}
+        self._is_draining = False
+        self._loop = asyncio.get_running_loop()
+        self._digests = _Digester(source)
+        self._digest_thread = ThreadPoolExecutor(1, thread_name_prefix="digest")
+
+    def add_to(self, server: Any) -> None:
+        """Register PrefillWorker's methods on a grpc.aio server (before it starts)."""
+        methods = {
+            "Hello": rpc.unary_handler(self._hello, pb.HelloRequest.FromString, pb.HelloReply.SerializeToString),
+            "Prefill": rpc.stream_handler(self._prefill, pb.PrefillUp.FromString, pb.PrefillDown.SerializeToString),
+            "Pull": GrpcBlockServer(self._source).method_handler,
+        }
+        server.add_generic_rpc_handlers((rpc.service_handler("baton.v1.PrefillWorker", methods),))
+
+    def deliver(self, events: Sequence[BackendEvent]) -> None:
+        """What the engine did, in order. Thread-safe, returns at once."""
+        self._digest_thread.submit(self._digest_and_apply, events)
+
+    def drain(self) -> None:
+        """Refuse new prompts; those under way go on. `num_tickets` says when they are done."""
+        self._is_draining = True
+        for session in self._sessions:
+            session.side.is_draining = True
+
+    async def aclose(self) -> None:
+        """End every ticket."""
+        for session in list(self._sessions):
+            self._perform(session, session.side.stream_lost())
+        self._digest_thread.shutdown(wait=False)
+
+    @property
+    def num_tickets(self) -> int:
+        return sum(session.side.num_tickets for session in self._sessions)
+
+    # ------------------------------------------------------------ the three methods
+
+    async def _hello(self, request: pb.HelloRequest, context: rpc.Context) -> pb.HelloReply:
+        return pb.HelloReply(protocol_version=PROTOCOL_VERSION, worker=self._worker, load=self._load())
+
+    async def _prefill(self, requests: AsyncIterator[pb.PrefillUp], context: rpc.Context) -> None:
+        """One control stream: read, write and watch until one of them ends; then every ticket on it ends."""
+        session = self._open_session()
+        tasks = [
+            asyncio.ensure_future(self._read(session, requests)),
+            asyncio.ensure_future(self._write(session, context)),
+            asyncio.ensure_future(self._watch(session)),
+        ]
+        try:
+            await context.send_initial_metadata(())
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._sessions.discard(session)
+            self._perform(session, session.side.stream_lost())
+            for task in tasks:
+                task.cancel()
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(outcome, Exception) and not isinstance(outcome, rpc.RPC_ERRORS):
+                    log.error("a control stream failed", exc_info=outcome)
+
+    # ------------------------------------------------------------ one stream
+
+    def _open_session(self) -> _Session:
+        side = PrefillSide(
+            self._worker.boot_id,
+            self._worker.layout_fingerprint,
+            self._worker.block_size,
+            self._limits,
+            self._held,
+            lambda: next(self._keys),
+            ignored=self.ignored,
+        )
+        side.is_draining = self._is_draining
+        session = _Session(side, LivenessMonitor(self._loop.time()))
+        self._sessions.add(session)
+        return session
+
+    async def _read(self, session: _Session, requests: AsyncIterator[pb.PrefillUp]) -> None:
+        async for message in requests:
+            now = self._loop.time()
+            session.monitor.heard(now)
+            if message.WhichOneof("kind") != "heartbeat":
+                self._perform(session, session.side.handle(message, now))
+
+    async def _write(self, session: _Session, context: rpc.Context) -> None:
+        while True:
+            await context.write(await session.outgoing.get())
+
+    async def _watch(self, session: _Session) -> None:
+        """Heartbeats and deadlines; returns, and so ends the stream, when D is silent or does not read."""
+        heartbeat_at = self._loop.time()
+        while True:
+            now = self._loop.time()
+            if now >= heartbeat_at:
+                heartbeat_at = now + HEARTBEAT_INTERVAL_S
+                session.outgoing.put_nowait(pb.PrefillDown(heartbeat=self._heartbeat(session)))
+            self._perform(session, session.side.tick(now))
+            if session.monitor.verdict(now) is not Verdict.ALIVE or session.outgoing.qsize() > MAX_QUEUED_MESSAGES:
+                log.warning("a decode worker is silent or does not read: its stream ends")
+                return
+            await asyncio.sleep(TICK_S)
+
+    def _heartbeat(self, session: _Session) -> pb.Heartbeat:
+        return pb.Heartbeat(load=self._load(), num_pending=session.side.num_waiting_for_peer)
+
+    def _load(self) -> pb.WorkerLoad:
+        load = self._backend.load()
+        load.num_held_tokens = self._held.num_tokens
+        load.draining = load.draining or self._is_draining
+        return load
+
+    # ------------------------------------------------------------ engine events
+
+    def _digest_and_apply(self, events: Sequence[BackendEvent]) -> None:
+        """On the digest thread."""
+        try:
+            applied = [(event, self._digests.ready(event)) for event in events]
+            self._loop.call_soon_threadsafe(self._apply, applied)
+        except RuntimeError:
+            log.debug("engine events after the loop was closed")
+
+    def _apply(self, events: Sequence[tuple[BackendEvent, list[ReadyBlock]]]) -> None:
+        now = self._loop.time()
+        for event, blocks in events:
+            session = self._by_key.get(event.key)
+            if session is None:
+                self.ignored["late_engine_event"] += 1
+                continue
+            self._perform(session, _tell(session.side, event, blocks, now))
+
+    # ------------------------------------------------------------ actions
+
+    def _perform(self, session: _Session, actions: Sequence[PrefillAction]) -> None:
+        for action in actions:
+            match action:
+                case SendDown():
+                    session.outgoing.put_nowait(action.message)
+                case OpenTicket():
+                    self._source.open(action.ticket)
+                case Publish():
+                    self._source.publish(action.ticket, action.blocks)
+                case CloseTicket():
+                    self._source.close(action.ticket)
+                case StartBackend():
+                    self._by_key[action.key] = session
+                    self._backend.start_prefill(action.key, action.start)
+                case GrantBackend():
+                    self._backend.grant_credit(action.key, action.num_blocks)
+                case ReleaseBackend():
+                    del self._by_key[action.key]
+                    self._backend.release(action.key, action.ok)
+                case _:
+                    assert_never(action)
+
+
+def _tell(side: PrefillSide, event: BackendEvent, blocks: list[ReadyBlock], now: float) -> list[PrefillAction]:
+    match event:
+        case PrefillStarting():
+            return side.prefill_starting(event.key, event.num_blocks, event.num_cached_tokens, now)
+        case BlocksFilled():
+            return side.blocks_filled(event.key, blocks, now)
+        case PrefillDone():
+            tail = blocks[0] if blocks else None
+            return side.prefill_done(event.key, tail, event.first_tokens, event.queue_s, event.prefill_s, now)
+        case PrefillGivenUp():
+            return side.prefill_failed(event.key, event.reason, event.message)
+        case _:
+            assert_never(event)
+
+
+class _Digester:
+    """Digests of blocks; a full block that is published again (prefix cache) is not read again.
+
+    Remembers one digest per block id, valid for one generation: the bytes of a full block do not change within it.
+    """
+
+    def __init__(self, source: BlockSource) -> None:
+        self._source = source
+        self._known: dict[int, tuple[int, bytes]] = {}
+
+    def ready(self, event: BackendEvent) -> list[ReadyBlock]:
+        match event:
+            case BlocksFilled():
+                return [self._full(block) for block in event.blocks]
+            case PrefillDone() if event.tail is not None:
+                return [self._ready(event.tail, block_digest(self._source.block(event.tail.block_id)))]
+            case _:
+                return []
+
+    def _full(self, block: FilledBlock) -> ReadyBlock:
+        generation, digest = self._known.get(block.block_id, (-1, b""))
+        if generation != block.generation:
+            digest = block_digest(self._source.block(block.block_id))
+            self._known[block.block_id] = (block.generation, digest)
+        return self._ready(block, digest)
+
+    def _ready(self, block: FilledBlock, digest: bytes) -> ReadyBlock:
+        return ReadyBlock(block.index, block.block_id, block.generation, block.num_tokens, digest)
