@@ -28,7 +28,7 @@ class Batch:
     """One step: first the block copies (copy-on-write), then one forward pass without padding over all chunks."""
 
     copies: tuple[tuple[int, int], ...]  # (source block id, destination block id)
-    chunks: tuple[Chunk, ...]            # decodes first
+    chunks: tuple[Chunk, ...]  # decodes first
 
     @property
     def num_tokens(self) -> int:

@@ -37,12 +37,12 @@ class FakeRunner:
         """Copy, check, write, draw."""
         for source, destination in batch.copies:
             self.slots[destination] = self.slots[source]
-        # All writes go first: sequences of one batch may share blocks only below what they write.
-        prefixes = [self._check_and_write(chunk) for chunk in batch.chunks]
+        hashes = [self._check(chunk) for chunk in batch.chunks]
+        self._write(batch, hashes)
         self.num_executed_tokens += batch.num_tokens
         return [
-            self._draw(sampler, prefix)
-            for chunk, prefix in zip(batch.chunks, prefixes, strict=True)
+            self._draw(sampler, prefixes[-1])
+            for chunk, prefixes in zip(batch.chunks, hashes, strict=True)
             for sampler in chunk.samplers
         ]
 
@@ -50,24 +50,32 @@ class FakeRunner:
         """Zero the slots of a block from `first_slot` on."""
         self.slots[block_id, first_slot:] = 0
 
-    def _check_and_write(self, chunk: Chunk) -> int:
-        """Assert that the KV of earlier positions is there, write the chunk's; return the last position's hash."""
+    def _check(self, chunk: Chunk) -> list[int]:
+        """Assert that the KV of earlier positions is there; return the hashes of all positions up to the chunk's end."""
         sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
         assert chunk.num_tokens > 0
         assert end <= len(sequence.token_ids), "a chunk reaches beyond the known tokens"
-        assert chunk.start == sequence.num_computed_tokens
+        assert chunk.start == sequence.num_computed_tokens, "a chunk leaves a gap or computes again"
         assert len(sequence.block_table) * self.block_size >= end, "the block table does not cover the chunk"
         hashes = prefix_hashes(sequence.token_ids[:end])
-        for position, expected in enumerate(hashes):
-            block = sequence.block_table[position // self.block_size]
-            slot = position % self.block_size
-            if position < chunk.start:
-                assert self.slots[block, slot] == expected, (
-                    f"KV of position {position} is not in block {block} slot {slot}"
-                )
-            else:
-                self.slots[block, slot] = expected
-        return hashes[-1]
+        for position in range(chunk.start):
+            block, slot = self._slot(sequence, position)
+            found = self.slots[block, slot] == hashes[position]
+            assert found, f"KV of position {position} is not in block {block} slot {slot}"
+        return hashes
+
+    def _write(self, batch: Batch, hashes: list[list[int]]) -> None:
+        """Write every chunk's KV; two that write one slot missed a copy-on-write."""
+        written: set[tuple[int, int]] = set()
+        for chunk, prefixes in zip(batch.chunks, hashes, strict=True):
+            for position in range(chunk.start, chunk.start + chunk.num_tokens):
+                where = self._slot(chunk.sequence, position)
+                assert where not in written, f"two sequences write block {where[0]} slot {where[1]}"
+                written.add(where)
+                self.slots[where] = prefixes[position]
+
+    def _slot(self, sequence: Sequence, position: int) -> tuple[int, int]:
+        return sequence.block_table[position // self.block_size], position % self.block_size
 
     def _draw(self, sampler: Sequence, prefix: int) -> SampledToken:
         drawn = _hash_of(prefix, sampler.sampling.seed, sampler.choice, len(sampler.token_ids))
