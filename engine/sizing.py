@@ -53,7 +53,7 @@ def derive_kv_size(
     requested_bytes: int | None = None,
     max_blocks: int | None = None,
 ) -> KVSize:
-    """Blocks for one worker. `requested_bytes` overrides the derivation; `max_blocks` caps it (more could never be used).
+    """Blocks for one worker. `requested_bytes` overrides the derivation, `max_blocks` caps it.
 
     `weight_bytes` are those still to be loaded. Raises: MemoryTooSmall.
     """

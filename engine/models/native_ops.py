@@ -71,7 +71,7 @@ class NativeDecoder:
     def _record(self, tokens: int, sampled: int) -> None:
         recorder = _Recorder(self._config, self._cache, tokens, sampled)
         self._logits = decode(self._config, self._weights, recorder)
-        self._program = Program(self._context, recorder.ops, recorder.tensors)
+        self._program = Program(self._context, recorder.ops)
         self._room = (tokens, sampled)
 
 
@@ -90,7 +90,6 @@ class _Recorder:
         self._sampled = _buffer(sampled, config.hidden_size)
         self._logits = _buffer(sampled, config.vocab_size)
         self.ops: list[NativeOp] = []
-        self.tensors = (self._residual, self._normed, self._qkv, self._attended, self._gated, self._sampled)
 
     def embed(self, weight: PackedWeight) -> Tensor:
         return self._add(embed(weight, self._residual), self._residual)

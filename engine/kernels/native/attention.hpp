@@ -68,9 +68,23 @@ struct PointerRows {
   const float* operator()(int64_t k) const { return rows[k] + offset; }
 };
 
+// Rows that will be read soon, asked for a few cache lines at a time between multiplications: all at once they would
+// fill the miss buffers and hold up the loads of the present tile.
+struct Prefetch {
+  const float* rows[2 * kTile];
+  int64_t num_rows = 0, row = 0, lines = 0;
+
+  void step() {
+    if (row >= num_rows) return;
+    const float* begin = rows[row++];
+    for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(begin + 16 * line, 0, 2);
+  }
+};
+
 // c[R, C vectors] (+)= a[R, depth] b[depth, C vectors], each element one chain over depth.
 template <int R, int C, bool Accumulate, typename Rows>
-static inline void micro(const float* a, int64_t lda, Rows b, int64_t depth, float* c, int64_t ldc) {
+static inline void micro(const float* a, int64_t lda, Rows b, int64_t depth, float* c, int64_t ldc,
+                         Prefetch& prefetch) {
   vf acc[R][C];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -78,6 +92,7 @@ static inline void micro(const float* a, int64_t lda, Rows b, int64_t depth, flo
     for (int j = 0; j < C; ++j) acc[i][j] = Accumulate ? load(c + i * ldc + j * kWidth) : vf{};
   for (int64_t k = 0; k < depth; ++k) {
     const float* row = b(k);
+    prefetch.step();
     vf right[C];
 #pragma GCC unroll 4
     for (int j = 0; j < C; ++j) right[j] = load(row + j * kWidth);
@@ -95,18 +110,19 @@ static inline void micro(const float* a, int64_t lda, Rows b, int64_t depth, flo
 }
 
 template <int C, bool Accumulate, typename Rows>
-static inline void micro_rows(int64_t rows, const float* a, int64_t lda, Rows b, int64_t depth, float* c, int64_t ldc) {
+static inline void micro_rows(int64_t rows, const float* a, int64_t lda, Rows b, int64_t depth, float* c, int64_t ldc,
+                              Prefetch& prefetch) {
   int64_t i = 0;
   for (; i + kMicroRows <= rows; i += kMicroRows)
-    micro<kMicroRows, C, Accumulate>(a + i * lda, lda, b, depth, c + i * ldc, ldc);
+    micro<kMicroRows, C, Accumulate>(a + i * lda, lda, b, depth, c + i * ldc, ldc, prefetch);
   a += i * lda;
   c += i * ldc;
   switch (rows - i) {
-    case 1: micro<1, C, Accumulate>(a, lda, b, depth, c, ldc); break;
-    case 2: micro<2, C, Accumulate>(a, lda, b, depth, c, ldc); break;
-    case 3: micro<3, C, Accumulate>(a, lda, b, depth, c, ldc); break;
-    case 4: micro<4, C, Accumulate>(a, lda, b, depth, c, ldc); break;
-    case 5: micro<5, C, Accumulate>(a, lda, b, depth, c, ldc); break;
+    case 1: micro<1, C, Accumulate>(a, lda, b, depth, c, ldc, prefetch); break;
+    case 2: micro<2, C, Accumulate>(a, lda, b, depth, c, ldc, prefetch); break;
+    case 3: micro<3, C, Accumulate>(a, lda, b, depth, c, ldc, prefetch); break;
+    case 4: micro<4, C, Accumulate>(a, lda, b, depth, c, ldc, prefetch); break;
+    case 5: micro<5, C, Accumulate>(a, lda, b, depth, c, ldc, prefetch); break;
     default: break;
   }
 }
@@ -127,13 +143,19 @@ class AttentionTile {
   int64_t num_positions() const { return first_position_ + item_.num_queries; }
 
   // Leaves out, max and sum (lane-wise) of one split in the scratch.
-  void run_split(int64_t split) {
+  void run_split(int64_t split, const AttentionItem* next) {
     std::fill(s_.out, s_.out + rows_ * ld_, 0.0f);
     std::fill(s_.sum, s_.sum + rows_ * kWidth, 0.0f);
     std::fill(s_.max, s_.max + rows_, -std::numeric_limits<float>::infinity());
     int64_t end = std::min<int64_t>(num_positions(), (split + 1) * kSplit);
-    for (int64_t begin = split * kSplit; begin < end; begin += kTile)
-      run_tile(begin, std::min<int64_t>(kTile, end - begin), end - begin > kTile);
+    for (int64_t begin = split * kSplit; begin < end; begin += kTile) {
+      Prefetch prefetch;
+      if (end - begin > kTile)
+        announce(item_, begin + kTile, prefetch);
+      else if (next)
+        announce(*next, std::max(0, next->split) * int64_t(kSplit), prefetch);
+      run_tile(begin, std::min<int64_t>(kTile, end - begin), prefetch);
+    }
   }
 
   // Folds the split in the scratch into the merged result; rows that see nothing of it stay as they are.
@@ -178,20 +200,23 @@ class AttentionTile {
  private:
   int64_t position(int64_t r) const { return first_position_ + r / group_; }
 
-  void run_tile(int64_t begin, int64_t columns, bool more) {
+  void run_tile(int64_t begin, int64_t columns, Prefetch& prefetch) {
     const float* keys[kTile];
     const float* values[kTile];
     find_rows(begin, columns, keys, values);
-    transpose_keys(keys, more ? begin + kTile : -1);
+    transpose_keys(keys);
     for (int64_t c = 0; c < columns; c += 4 * kWidth)
-      micro_rows<4, false>(rows_, s_.q, ld_, ContiguousRows{s_.keys + c, kTile}, dim_, s_.scores + c, kTile);
+      micro_rows<4, false>(rows_, s_.q, ld_, ContiguousRows{s_.keys + c, kTile}, dim_, s_.scores + c, kTile,
+                           prefetch);
     for (int64_t r = 0; r < rows_; ++r) softmax_row(r, position(r) - begin + 1);
     if (dim_ != ld_) pad_values(values, columns);
     int64_t d = 0;
     for (; d + 4 * kWidth <= ld_; d += 4 * kWidth)
-      micro_rows<4, true>(rows_, s_.scores, kTile, PointerRows{values, d}, columns, s_.out + d, ld_);
+      micro_rows<4, true>(rows_, s_.scores, kTile, PointerRows{values, d}, columns, s_.out + d, ld_,
+                          prefetch);
     for (; d < ld_; d += kWidth)
-      micro_rows<1, true>(rows_, s_.scores, kTile, PointerRows{values, d}, columns, s_.out + d, ld_);
+      micro_rows<1, true>(rows_, s_.scores, kTile, PointerRows{values, d}, columns, s_.out + d, ld_,
+                          prefetch);
   }
 
   // Columns past the end repeat the last one: readable, finite, and masked later.
@@ -205,8 +230,23 @@ class AttentionTile {
     for (int64_t j = columns; j < kTile; ++j) keys[j] = keys[columns - 1];
   }
 
-  void transpose_keys(const float* const* keys, int64_t next) {
+  // The keys and values of a tile that comes next.
+  void announce(const AttentionItem& item, int64_t begin, Prefetch& prefetch) const {
     const int64_t mask = (int64_t(1) << op_.kv.block_shift) - 1;
+    const int32_t* table = step_.block_tables + step_.table_offsets[item.sequence];
+    const int64_t positions = step_.positions[item.sequence] + item.query + item.num_queries;
+    const int64_t end = std::min(begin + kTile, positions);
+    prefetch.lines = (dim_ + 15) / 16;
+    for (int64_t position = begin; position < end; ++position) {
+      const float* key =
+          op_.kv.key(table[position >> op_.kv.block_shift], item.kv_head, op_.layer, position & mask, dim_);
+      prefetch.rows[position - begin] = key;
+      prefetch.rows[end - begin + position - begin] = key + op_.kv.value_offset;
+    }
+    prefetch.num_rows = 2 * std::max<int64_t>(0, end - begin);
+  }
+
+  void transpose_keys(const float* const* keys) {
     for (int64_t j = 0; j < kTile; j += kWidth) {
       int64_t d = 0;
       for (; d + kWidth <= dim_; d += kWidth) {
@@ -217,15 +257,6 @@ class AttentionTile {
       }
       for (; d < dim_; ++d)
         for (int i = 0; i < kWidth; ++i) s_.keys[d * kTile + j + i] = keys[j + i][d];
-    }
-    if (next < 0) return;
-    for (int64_t position = next; position < std::min<int64_t>(next + kTile, num_positions()); ++position) {
-      const float* key =
-          op_.kv.key(table_[position >> op_.kv.block_shift], item_.kv_head, op_.layer, position & mask, dim_);
-      for (int64_t d = 0; d < dim_; d += 16) {
-        __builtin_prefetch(key + d, 0, 2);
-        __builtin_prefetch(key + op_.kv.value_offset + d, 0, 2);
-      }
     }
   }
 
@@ -305,21 +336,28 @@ class AttentionPlan {
   }
 
   void run(Pool& pool, const Attention& op, const Step& step) {
-    auto body = [&](int64_t i, int thread) { run_item(op, step, items[size_t(i)], *scratch[size_t(thread)]); };
-    pool.run(int64_t(items.size()), body);
+    // Neighbouring items go to one thread, which so knows what to fetch next; enough runs remain to balance.
+    const int64_t count = int64_t(items.size()), runs = std::min<int64_t>(count, 16 * pool.num_threads());
+    auto body = [&](int64_t run, int thread) {
+      const int64_t end = count * (run + 1) / runs;
+      for (int64_t i = count * run / runs; i < end; ++i)
+        run_item(op, step, items[size_t(i)], i + 1 < end ? &items[size_t(i) + 1] : nullptr, *scratch[size_t(thread)]);
+    };
+    pool.run(runs, body);
     for (const AttentionItem& item : merges) merge_partials(op, step, item);
   }
 
  private:
-  void run_item(const Attention& op, const Step& step, const AttentionItem& item, AttentionScratch& s) {
+  void run_item(const Attention& op, const Step& step, const AttentionItem& item, const AttentionItem* next,
+                AttentionScratch& s) {
     AttentionTile tile(op, step, item, s);
     if (item.split >= 0) {
-      tile.run_split(item.split);
+      tile.run_split(item.split, next);
       save_partial(tile, item, s, padded(op.head_dim));
       return;
     }
     for (int64_t split = 0; split * kSplit < tile.num_positions(); ++split) {
-      tile.run_split(split);
+      tile.run_split(split, (split + 1) * kSplit < tile.num_positions() ? nullptr : next);
       tile.merge(split);
     }
     tile.write();

@@ -2,7 +2,7 @@
 
     sources + flags + compiler -> key -> <cache>/baton/kernels/<key>.so
 
-Done at first use (about 10 s) or before, by `python -m engine.kernels.native.build`. Workers that start together wait for
+Done at first use (seconds) or before, by `python -m engine.kernels.native.build`. Workers that start together wait for
 one of them; a library appears under its name only when it is complete.
 """
 

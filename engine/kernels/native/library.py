@@ -36,7 +36,12 @@ class Rows(IntEnum):
 
 
 class NativeOp(ctypes.Structure):
-    """One operation of a program; baton.cpp's `Op`. Made by the `launch.py` of each kernel, after its checks."""
+    """One operation of a program; baton.cpp's `Op`. Made by the `launch.py` of each kernel, after its checks.
+
+    `tensors` are those it points at; whoever holds the operation keeps them alive.
+    """
+
+    tensors: tuple[Tensor | None, ...] = ()
 
     _fields_ = (
         ("kind", _i64),
@@ -91,8 +96,9 @@ def make_op(
     reals: tuple[float, ...] = (),
     rows: Rows = Rows.TOKENS,
 ) -> NativeOp:
-    """Fill an operation. The tensors must outlive the program (`Program` keeps them)."""
+    """Fill an operation."""
     op = NativeOp(kind=kind, rows=rows)
+    op.tensors = pointers
     for i, tensor in enumerate(pointers):
         op.pointers[i] = tensor.data_ptr() if tensor is not None else None
     for i, number in enumerate(numbers):

@@ -42,13 +42,19 @@ class StepArrays:
         return len(self.sampled_rows)
 
 
+def rows_step(num_rows: int) -> StepArrays:
+    """A step of rows without sequences, for operations that look at rows alone."""
+    none, offsets, empty = np.zeros(0, np.int32), np.zeros(0, np.int64), torch.empty(0)
+    return StepArrays(np.zeros(num_rows, np.int32), np.zeros(1, np.int32), none, offsets, none, none, empty, empty)
+
+
 class Program:
     """Operations and the tensors they point at, kept alive together."""
 
-    def __init__(self, context: NativeContext, ops: Sequence[NativeOp], tensors: Sequence[Tensor | None] = ()) -> None:
+    def __init__(self, context: NativeContext, ops: Sequence[NativeOp]) -> None:
         self._context = context
         self._ops = (NativeOp * len(ops))(*ops)
-        self._tensors = tuple(tensors)
+        self._tensors = [op.tensors for op in ops]
 
     def run(self, step: StepArrays) -> None:
         """Run all operations for the step; returns when they are done."""

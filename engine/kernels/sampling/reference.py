@@ -13,14 +13,20 @@ from engine.kernels.sampling.rows import Draws, SampleRow, empty_draws
 _MASK32 = 0xFFFFFFFF
 
 
-def philox(key: int, c0: int, c1: int) -> int:
-    """The first 64 bits of Philox4x32-10 for counter (c0, c1, 0, 0)."""
-    x = [c0, c1, 0, 0]
+def philox_block(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """One block of Philox4x32-10 (Salmon et al., 2011)."""
+    x = counter
     k0, k1 = key & _MASK32, key >> 32 & _MASK32
     for _ in range(10):
         a, b = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]
-        x = [b >> 32 ^ x[1] ^ k0, b & _MASK32, a >> 32 ^ x[3] ^ k1, a & _MASK32]
+        x = (b >> 32 ^ x[1] ^ k0, b & _MASK32, a >> 32 ^ x[3] ^ k1, a & _MASK32)
         k0, k1 = k0 + 0x9E3779B9 & _MASK32, k1 + 0xBB67AE85 & _MASK32
+    return x
+
+
+def philox(key: int, c0: int, c1: int) -> int:
+    """The first 64 bits for counter (c0, c1, 0, 0)."""
+    x = philox_block(key, (c0, c1, 0, 0))
     return x[1] << 32 | x[0]
 
 

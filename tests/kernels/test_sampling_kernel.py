@@ -1,0 +1,98 @@
+"""The native sampler draws the tokens that the numpy reference draws."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from engine.kernels.native.library import NativeContext
+from engine.kernels.sampling import launch, reference
+from engine.kernels.sampling.rows import SampleRow
+
+ROW = SampleRow(logits_row=0, seed=1, choice=0, position=10)
+HISTORY = (5, 5, 9, 0, 9, 5, 31, 30)
+VARIANTS = {
+    "greedy": replace(ROW, temperature=0),
+    "plain": ROW,
+    "cold": replace(ROW, temperature=0.1),
+    "hot": replace(ROW, temperature=5.0),
+    "top-1": replace(ROW, top_k=1),
+    "top-7": replace(ROW, top_k=7),
+    "top-all": replace(ROW, top_k=10**6),
+    "top-p": replace(ROW, top_p=0.8),
+    "tiny-top-p": replace(ROW, top_p=1e-9),
+    "top-p-hot": replace(ROW, top_p=0.99, temperature=3.0),
+    "both": replace(ROW, top_k=20, top_p=0.5),
+    "repetition": replace(ROW, repetition=1.7, history=HISTORY, num_prompt=3),
+    "frequency": replace(ROW, frequency=1.2, history=HISTORY, num_prompt=3, temperature=0),
+    "presence": replace(ROW, presence=1.5, history=HISTORY, num_prompt=3, top_k=5),
+    "all": replace(
+        ROW, repetition=1.1, frequency=0.3, presence=-0.4, history=HISTORY, num_prompt=0, top_p=0.9, top_k=9
+    ),
+    "banned": replace(ROW, banned=(0, 1, 2, 3), top_k=30),
+}
+
+
+def test_philox_gives_the_published_vectors() -> None:
+    """Known answers of Random123 (kat_vectors): philox4x32-10, counter 0 and key 0, counter and key all ones."""
+    assert reference.philox(0, 0, 0) == 0xE169C58D_6627E8D5
+    ones = reference.philox_block((2**64 - 1), (0xFFFFFFFF,) * 4)
+    assert ones == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
+
+
+@pytest.mark.parametrize("vocab", [32, 49, 1000, 4097], ids=lambda n: f"V{n}")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tokens_equal_the_references(context: NativeContext, name: str, vocab: int) -> None:
+    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(vocab)) * 3
+    rows = [
+        replace(VARIANTS[name], logits_row=i % 3, seed=seed, choice=i % 2, position=i, num_logprobs=5)
+        for i, seed in enumerate((0, 1, 2**63, 2**64 - 1, *range(100, 160)))
+    ]
+    native, plain = launch.sample(context, logits, rows), reference.sample(logits.numpy(), rows)
+    assert native.tokens.tolist() == plain.tokens.tolist()
+    assert native.top_ids.tolist() == plain.top_ids.tolist()
+    np.testing.assert_allclose(native.logprobs, plain.logprobs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(native.top_logprobs, plain.top_logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_takes_the_lowest_id_of_equals(context: NativeContext) -> None:
+    logits = torch.zeros(1, 100)
+    logits[0, [37, 38, 99]] = 1.0
+    assert launch.sample(context, logits, [VARIANTS["greedy"]]).tokens.tolist() == [37]
+
+
+def test_top_k_of_equals_keeps_k(context: NativeContext) -> None:
+    rows = [replace(ROW, top_k=3, seed=seed) for seed in range(300)]
+    assert set(launch.sample(context, torch.zeros(1, 500), rows).tokens.tolist()) == {0, 1, 2}
+
+
+def test_banned_tokens_are_never_drawn(context: NativeContext) -> None:
+    logits = torch.zeros(1, 20)
+    logits[0, 4] = 30.0
+    rows = [replace(ROW, banned=(4, 5), seed=seed, temperature=t) for seed in range(200) for t in (0.0, 1.0)]
+    assert not {4, 5} & set(launch.sample(context, logits, rows).tokens.tolist())
+
+
+def test_draws_follow_the_distribution(context: NativeContext) -> None:
+    """Chi-square over 20,000 draws; 40 is beyond the 0.9999 quantile for 9 degrees of freedom."""
+    logits = torch.randn(1, 10, generator=torch.Generator().manual_seed(3))
+    rows = [replace(ROW, seed=7, position=position) for position in range(20_000)]
+    counts = np.bincount(launch.sample(context, logits, rows).tokens, minlength=10)
+    expected = logits[0].double().softmax(0).numpy() * 20_000
+    assert ((counts - expected) ** 2 / expected).sum() < 40
+
+
+def test_a_draw_does_not_depend_on_its_neighbours(context: NativeContext) -> None:
+    logits = torch.randn(4, 777)
+    rows = [replace(row, logits_row=i % 4, seed=i) for i, row in enumerate(VARIANTS.values()) if not row.has_penalties]
+    together = launch.sample(context, logits, rows).tokens.tolist()
+    alone = [int(launch.sample(context, logits, [row]).tokens[0]) for row in rows]
+    assert together == alone
+
+
+def test_a_history_outside_the_vocabulary_is_refused(context: NativeContext) -> None:
+    with pytest.raises(ValueError, match="outside"):
+        launch.sample(context, torch.zeros(1, 8), [replace(ROW, presence=1.0, history=(8,))])
