@@ -243,14 +243,22 @@ def parse(kind: type[B], data: Any) -> tuple[B, list[str]]:
 
 def _explain(error: ValidationError) -> InvalidRequest:
     """The first problem in one sentence."""
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    field = problems[0]["loc"][:1]
+    # of a union's branches, the one that went deepest is the one the client meant
+    problem = max((p for p in problems if p["loc"][:1] == field), key=lambda p: len(p["loc"]))
     if problem["type"] == "value_error":  # ours: names the field itself
         message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
         return InvalidRequest(message, param=message.split(":")[0].split(".")[0])
-    place = ".".join(str(part) for part in problem["loc"])
+    place = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
     value = repr(problem["input"])
     shown = "" if problem["type"] == "missing" else f" (got {value if len(value) <= 80 else value[:77] + '...'})"
     return InvalidRequest(f"{place}: {problem['msg']}{shown}", param=str(problem["loc"][0]) if problem["loc"] else None)
+
+
+def _is_branch(part: int | str) -> bool:
+    """Pydantic names the branch of a union in the error's place ("constrained-str", "list[str]"); clients need no such."""
+    return isinstance(part, str) and (part in ("str", "int") or not part.isidentifier())
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from gateway.detokenize import Detokenizer, TextStream
 
-CORPUS = ["hello world, how are you?", "día señor ñandú", "北京 東京 서울", "🙂🙃👩‍👩‍👧‍👦 party", "naïve façade — “quotes”"]
+CORPUS = [
+    "hello world, how are you?",
+    "día señor ñandú",
+    "北京 東京 서울",
+    "🙂🙃👩‍👩‍👧‍👦 party",
+    "naïve façade — “quotes”",
+]
 SPECIAL = "<|end|>"
 
 
@@ -21,7 +27,9 @@ def byte_level() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=[SPECIAL], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=[SPECIAL], show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_tokens([AddedToken("plain added ✓", special=False)])
     return tokenizer
@@ -118,7 +126,9 @@ def test_special_tokens_are_skipped_only_if_asked() -> None:
         ("a🙂b", ["🙂"], False, ("a", "🙂")),
     ],
 )
-def test_stop_strings_cut_the_text(text: str, stops: list[str], include: bool, expected: tuple[str, str | None]) -> None:
+def test_stop_strings_cut_the_text(
+    text: str, stops: list[str], include: bool, expected: tuple[str, str | None]
+) -> None:
     tokenizer = byte_level()
     ids = tokenizer.encode(text).ids
     assert shown(Detokenizer(tokenizer), ids, stops=stops, include_stop=include) == expected
