@@ -192,6 +192,7 @@ class PrefillServer:
 
     async def _prefill(self, requests: AsyncIterator[pb.PrefillUp], context: rpc.Context) -> None:
         """One control stream: read, write and watch until one of them ends; then every ticket on it ends."""
+        await context.send_initial_metadata(())  # before the first write, which would send it at the same time
         session = self._open_session()
         tasks = [
             asyncio.ensure_future(self._read(session, requests)),
@@ -199,7 +200,6 @@ class PrefillServer:
             asyncio.ensure_future(self._watch(session)),
         ]
         try:
-            await context.send_initial_metadata(())
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._sessions.discard(session)
@@ -207,7 +207,9 @@ class PrefillServer:
             for task in tasks:
                 task.cancel()
             for outcome in await asyncio.gather(*tasks, return_exceptions=True):
-                if isinstance(outcome, Exception) and not isinstance(outcome, rpc.RPC_ERRORS):
+                if isinstance(outcome, rpc.RPC_ERRORS):
+                    log.info("a control stream ended: %s", rpc.status(outcome))
+                elif isinstance(outcome, Exception):
                     log.error("a control stream failed", exc_info=outcome)
 
     # ------------------------------------------------------------ one stream
