@@ -1,0 +1,292 @@
+"""Prefill and decode workers with fake models in the test's own event loop, and a gateway's end of the Generate stream.
+
+Everything between the gRPC ports is real: services, engines on their threads, kvtransfer, shared memory, verification.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import mmap
+import os
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import numpy as np
+
+from decode_service import worker as decode_worker_module
+from decode_service.config import DecodeConfig
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.fake_runner import FakeRunner
+from engine.worker import OnProgress, Replica, ReplicaIdentity, ReplicaSpec, layout_fingerprint
+from kvtransfer.protocol import baton_pb2 as pb
+from kvtransfer.protocol import baton_pb2_grpc as stubs
+from prefill_service import worker as prefill_worker_module
+from prefill_service.config import PrefillConfig
+from servicekit.failpoints import Failpoints
+from workerkit.process import WorkerProcess
+
+BLOCK_SIZE = 4
+PATIENCE_S = 20.0
+SECRET = "correct horse"
+
+
+class FakeKV:
+    """KV memory of a FakeRunner in a memfd, as engine.kv_memory.KVMemory has it."""
+
+    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+        self.num_blocks, self.block_bytes = num_blocks, block_bytes
+        self.fd = os.memfd_create("fake-kv", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, num_blocks * block_bytes)
+        self._map = mmap.mmap(self.fd, num_blocks * block_bytes)
+        self.buffer = memoryview(self._map)
+
+    def block(self, block_id: int) -> memoryview:
+        return self.buffer[block_id * self.block_bytes : (block_id + 1) * self.block_bytes]
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    """A loader in place of engine.worker.load_replica. `step_s` slows each step, so that a test can come in between."""
+
+    num_blocks: int = 64
+    max_num_seqs: int = 8
+    digest: str = "fake"
+    step_s: float = 0.0
+    overrides: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def __call__(self, spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
+        runner = _SlowRunner(self.num_blocks, BLOCK_SIZE, self.step_s)
+        kv = FakeKV(self.num_blocks, runner.block_bytes)
+        runner.slots = np.frombuffer(kv.buffer, dtype=np.uint64).reshape(self.num_blocks, BLOCK_SIZE)
+        config = EngineConfig(
+            num_blocks=self.num_blocks,
+            block_size=BLOCK_SIZE,
+            max_model_len=128,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=32,
+            chunk_size=8,
+            **self.overrides,
+        )
+        layout = layout_fingerprint(self.digest, "uint64", BLOCK_SIZE)
+        identity = ReplicaIdentity(
+            layout, layout, True, 128, BLOCK_SIZE, runner.block_bytes, self.num_blocks, self.max_num_seqs
+        )
+        return Replica(identity, Engine(config, runner), kv)  # type: ignore[arg-type]  # FakeKV has what is used of KVMemory
+
+
+class _SlowRunner(FakeRunner):
+    def __init__(self, num_blocks: int, block_size: int, step_s: float) -> None:
+        super().__init__(num_blocks, block_size)
+        self._step_s = step_s
+
+    def execute(self, batch: Any) -> Any:
+        if self._step_s:
+            time.sleep(self._step_s)
+        return super().execute(batch)
+
+
+@dataclass
+class RunningWorker:
+    """One worker in this loop. `end` is its SIGTERM."""
+
+    process: WorkerProcess
+    replica: Replica
+    task: asyncio.Task[int]
+
+    @property
+    def address(self) -> str:
+        return self.process.address
+
+    @property
+    def candidate(self) -> pb.PrefillCandidate:
+        return pb.PrefillCandidate(
+            worker_id=self.process.config.worker_id, address=self.address, boot_id=self.process.boot_id
+        )
+
+    def metric(self, name: str, **labels: str) -> float:
+        self.process.refresh_metrics()
+        return self.process.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    async def at_baseline(self, num_cached: int | None = None) -> None:
+        """Wait until every block is free or cached again, then assert the engine's invariants (T1, T8)."""
+        engine = self.replica.engine
+        await until(lambda: not engine.has_work and engine.load().num_blocks_free == engine.load().num_blocks_total)
+        engine.check()
+
+    async def end(self) -> int:
+        self.process.drain_signal.request()
+        return await asyncio.wait_for(self.task, PATIENCE_S)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Poll a condition that real threads and sockets bring about."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110  what is waited for has no event in this loop
+            await asyncio.sleep(0.005)
+
+
+class Workers:
+    """Starts workers and ends what is left of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._running: list[RunningWorker] = []
+        self.secret_file = folder / "secret"
+        self.secret_file.write_text(SECRET)
+        self.secret_file.chmod(0o600)
+
+    async def prefill(self, model: FakeModel = FakeModel(), **settings: Any) -> RunningWorker:
+        config = PrefillConfig(**self._settings("p", settings))
+        return await self._start(config, pb.ROLE_PREFILL, model, settings, prefill_worker_module.serve)
+
+    async def decode(self, model: FakeModel = FakeModel(), **settings: Any) -> RunningWorker:
+        config = DecodeConfig(**self._settings("d", settings))
+        return await self._start(config, pb.ROLE_DECODE, model, settings, decode_worker_module.serve)
+
+    async def aclose(self) -> None:
+        for worker in self._running:
+            if not worker.task.done():
+                await worker.end()
+
+    def _settings(self, letter: str, settings: dict[str, Any]) -> dict[str, Any]:
+        own = {key: value for key, value in settings.items() if key != "faults"}
+        defaults = {
+            "model": self._folder,
+            "worker_id": f"{letter}{len(self._running)}",
+            "secret_file": self.secret_file,
+            "drain_s": 5.0,
+        }
+        return defaults | own
+
+    async def _start(self, config: Any, role: pb.Role, model: FakeModel, settings: dict[str, Any], serve: Any) -> Any:
+        loaded: list[Replica] = []
+
+        def load(spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
+            loaded.append(model(spec, on_progress))
+            return loaded[0]
+
+        process = WorkerProcess(config, role, load)
+        process.failpoints = Failpoints(settings.get("faults"))
+        task = asyncio.create_task(serve(config, process))
+        await until(lambda: process.health.is_started or task.done())
+        if task.done():
+            task.result()
+        worker = RunningWorker(process, loaded[0], task)
+        self._running.append(worker)
+        return worker
+
+
+@dataclass
+class Answer:
+    """All that a gateway heard of one attempt."""
+
+    tokens: dict[int, list[pb.Token]] = field(default_factory=dict[int, list[pb.Token]])
+    is_accepted: bool = False
+    ended: asyncio.Future[pb.Ended] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def ids(self) -> dict[int, list[int]]:
+        return {choice: [token.token_id for token in tokens] for choice, tokens in self.tokens.items()}
+
+    async def end(self) -> pb.Ended:
+        return await asyncio.wait_for(self.ended, PATIENCE_S)
+
+
+class GatewayEnd:
+    """The gateway's end of one Generate stream; asserts what every gateway may rely on."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._keys = itertools.count(1)
+        self._answers: dict[int, Answer] = {}
+        self.loads: list[pb.WorkerLoad] = []
+        self._reader = asyncio.create_task(self._read())
+
+    async def start(
+        self,
+        prompt: Sequence[int],
+        candidates: Sequence[pb.PrefillCandidate] = (),
+        *,
+        disaggregation: Any = pb.DISAGGREGATION_ALWAYS,
+        logs: Sequence[Sequence[int]] = ((),),
+        max_tokens: int = 8,
+        seed: int = 7,
+        salt: bytes = b"tenant",
+        deadline_s: float = 30.0,
+        num_logprobs: int = -1,
+    ) -> tuple[int, Answer]:
+        """Send one attempt; `logs` are the committed tokens of each choice."""
+        key = next(self._keys)
+        answer = self._answers[key] = Answer(tokens={choice: [] for choice in range(len(logs))})
+        self._logs = {(key, choice): len(log) for choice, log in enumerate(logs)}
+        sampling = pb.SamplingParams(
+            max_tokens=max_tokens, temperature=1.0, top_p=1.0, seed=seed, num_logprobs=num_logprobs,
+            repetition_penalty=1.0, ignore_eos=True,
+        )  # fmt: skip
+        request = pb.GenerateRequest(
+            key=key,
+            request_id=f"request-{key}",
+            attempt=1,
+            prompt_token_ids=prompt,
+            sampling=sampling,
+            choices=[pb.ChoiceLog(choice=c, committed_token_ids=log) for c, log in enumerate(logs)],
+            prefill_candidates=candidates,
+            disaggregation=disaggregation,
+            deadline_s=deadline_s,
+            cache_salt=salt,
+        )
+        await self._call.write(pb.GenerateUp(start=request))
+        return key, answer
+
+    async def ask(self, prompt: Sequence[int], candidates: Sequence[pb.PrefillCandidate] = (), **how: Any) -> Answer:
+        """Send one attempt and wait for its end."""
+        _, answer = await self.start(prompt, candidates, **how)
+        await answer.end()
+        return answer
+
+    async def cancel(self, key: int) -> None:
+        await self._call.write(pb.GenerateUp(cancel=pb.CancelAttempt(key=key)))
+
+    async def leave(self) -> None:
+        """Cut the stream as a killed gateway does."""
+        self._call.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+
+    async def _read(self) -> None:
+        async for message in self._call:
+            match message.WhichOneof("kind"):
+                case "accepted":
+                    self._answers[message.accepted.key].is_accepted = True
+                case "step":
+                    for token in message.step.tokens:
+                        self._take(token)
+                    for ended in message.step.ended:
+                        self._answers[ended.key].ended.set_result(ended)
+                case _:
+                    self.loads.append(message.heartbeat.load)
+
+    def _take(self, token: pb.Token) -> None:
+        answer = self._answers[token.key]
+        assert answer.is_accepted, "a token before Accepted"
+        assert not answer.ended.done(), "a token after Ended"
+        first = self._logs.get((token.key, token.choice), 0)
+        assert token.index == first + len(answer.tokens[token.choice]), "a gap, or a token twice"
+        answer.tokens[token.choice].append(token)
+
+
+@asynccontextmanager
+async def gateway_to(worker: RunningWorker, secret: str = SECRET) -> AsyncGenerator[GatewayEnd]:
+    async with grpc.aio.insecure_channel(worker.address) as channel:
+        call = stubs.DecodeWorkerStub(channel).Generate(metadata=(("baton-secret", secret),))
+        gateway = GatewayEnd(call)
+        try:
+            yield gateway
+        finally:
+            await gateway.leave()
