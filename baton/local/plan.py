@@ -24,6 +24,7 @@ GATEWAY_BYTES = 300 * MIB
 WORKER_RUNTIME_BYTES = 600 * MIB  # Python, torch and activations
 DEFAULT_KV_BYTES = 2048 * MIB
 MIN_KV_BYTES = 32 * MIB
+DRAIN_S = 30  # what running requests have to finish when a process is stopped
 
 
 class Role(Enum):
@@ -186,7 +187,9 @@ def gateway_spec(service: LLMService, model: ModelFacts, paths: RunPaths) -> Pro
         "--http", f"{spec.gateway.host}:{spec.gateway.port}",
         "--internal-http", "127.0.0.1:0",
         "--disaggregation", spec.disaggregation.value.lower(),
+        "--drain-timeout", str(DRAIN_S),
     ]  # fmt: skip
+    arguments += _stated("--max-model-len", spec.engine.max_model_len)
     arguments += _stated("--api-key-file", spec.gateway.api_keys_file)
     arguments += _stated("--max-queue-requests", spec.gateway.max_queue_requests)
     arguments += _stated("--max-queue-tokens", spec.gateway.max_queue_tokens)
@@ -204,10 +207,10 @@ def worker_spec(
         *_common_arguments(model, paths),
         "--worker-id", worker_id,
         "--listen", "127.0.0.1:0",
-        "--http", "127.0.0.1:0",
         "--threads", str(share.threads),
         "--kv-memory", str(share.kv_bytes),
         "--dtype", spec.engine.dtype,
+        "--drain-s", str(DRAIN_S),
         "--prefix-caching" if spec.engine.prefix_caching else "--no-prefix-caching",
     ]  # fmt: skip
     arguments += _stated("--block-size", spec.engine.block_size)
@@ -233,6 +236,7 @@ def _common_arguments(model: ModelFacts, paths: RunPaths) -> list[str]:
         "--model-id", model.model_id,
         "--secret-file", str(paths.secret_file),
         "--registry-dir", str(paths.registry_dir),
+        "--log-format", "text",  # `baton logs` is read by people
     ]  # fmt: skip
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -59,6 +59,7 @@ class ManagedProcess:
         self.last_exit: int | None = None
         self._run = run
         self._fixed_address = address
+        self.address = address or ""
         self._environment = dict(environment)
         self._parent_fd = parent_fd
         self._say = say
@@ -84,11 +85,13 @@ class ManagedProcess:
         self.state = ProcessState.ENDED
 
     async def _start(self) -> asyncio.subprocess.Process:
+        if self._fixed_address is None:
+            self.address = f"127.0.0.1:{_free_port()}"
         log = open_log(self._run.log_of(self.spec.worker_id))
         try:
             self._child = await asyncio.create_subprocess_exec(
                 # -P: a folder of the user's that happens to be named gateway/ must not be run instead of ours.
-                sys.executable, "-P", "-m", self.spec.module, *self.spec.arguments, "--parent-fd", str(self._parent_fd),
+                sys.executable, "-P", "-m", self.spec.module, *self.spec.arguments, *self._run_arguments(),
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
                 env=self._environment, pass_fds=(self._parent_fd,),
                 start_new_session=True,  # Ctrl-C reaches the supervisor alone, which drains the processes in order
@@ -159,19 +162,9 @@ class ManagedProcess:
             percent=100.0 if self.state is ProcessState.READY else self._health.percent,
             threads=share.threads if share else None,
             kv_bytes=share.kv_bytes if share else None,
-            http=self.address or "",
+            http=self.address,
             log=str(self._run.log_of(self.spec.worker_id)),
         )
-
-    @property
-    def address(self) -> str | None:
-        """host:port of health and metrics: fixed for the gateway; a worker writes its own into the registry."""
-        if self._fixed_address is not None:
-            return self._fixed_address
-        try:
-            return str(json.loads(self._registry_file.read_text())["http"])
-        except (OSError, ValueError, KeyError):
-            return None  # not written yet
 
     # ------------------------------------------------------------ parts
 
@@ -180,15 +173,27 @@ class ManagedProcess:
         return self._run.registry / f"{self.spec.worker_id}.json"
 
     async def _ask(self, probe: str) -> Health | None:
-        address = self.address
-        if address is None:
-            return None
-        return await asyncio.to_thread(ask_health, address, probe, timeout_s=PROBE_TIMEOUT_S)
+        return await asyncio.to_thread(ask_health, self.address, probe, timeout_s=PROBE_TIMEOUT_S)
+
+    def _run_arguments(self) -> tuple[str, ...]:
+        """What only the running supervisor knows."""
+        http = () if self._fixed_address is not None else ("--http", self.address)
+        return (*http, "--parent-fd", str(self._parent_fd))
 
     def _signal(self, number: signal.Signals) -> None:
         if self._child is not None and self._child.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._child.send_signal(number)
+
+
+def _free_port() -> int:
+    """A port for a worker's health, chosen here so that its start can be shown: workers announce themselves when ready.
+
+    Somebody may take the port in between; the worker then ends and is started again with another.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _how_it_ended(code: int | None) -> str:

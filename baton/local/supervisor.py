@@ -24,7 +24,16 @@ from baton.local.control import Command, ControlError, Reply, Verb, serve_contro
 from baton.local.errors import AlreadyRunning, StartFailed
 from baton.local.janitor import RUN_ID_VARIABLE
 from baton.local.logfiles import rotate, tail
-from baton.local.plan import POOL_ROLES, Machine, ModelFacts, ProcessSpec, Role, plan_added_worker, plan_service
+from baton.local.plan import (
+    DRAIN_S,
+    POOL_ROLES,
+    Machine,
+    ModelFacts,
+    ProcessSpec,
+    Role,
+    plan_added_worker,
+    plan_service,
+)
 from baton.local.probe import FirstToken, ask_health, stream_first_token
 from baton.local.process import ManagedProcess, ProcessState
 from baton.local.reporter import Reporter
@@ -33,7 +42,7 @@ from baton_operator.resources import Disaggregation, LLMService
 
 START_TIMEOUT_S = 600.0
 FIRST_TOKEN_TIMEOUT_S = 120.0
-DRAIN_S = 30.0
+KILL_AFTER_S = DRAIN_S + 5.0  # a process that drains in time is never killed
 MAX_ENDS_BEFORE_READY = 3
 EXIT_BAD_CONFIG = 2
 MAX_REPLICAS = 64
@@ -165,7 +174,7 @@ class Supervisor:
             return
         kill = asyncio.ensure_future(self._kill.wait())
         everyone = asyncio.ensure_future(asyncio.wait(tasks))
-        await asyncio.wait([everyone, kill], timeout=DRAIN_S, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([everyone, kill], timeout=KILL_AFTER_S, return_when=asyncio.FIRST_COMPLETED)
         kill.cancel()
         for process in processes:
             if process.state is not ProcessState.ENDED:

@@ -146,6 +146,7 @@ def test_up_shows_the_start_and_says_how_to_call_the_service(home: Home) -> None
         line = supervisor.stdout.readline()
         assert line, said
         said += line
+    assert "decode-0   starting: fake phase" in said
     assert "threads: " in said
     assert "memory: 75% of " in said
     assert f"curl -N http://127.0.0.1:{home.port}/v1/chat/completions" in said

@@ -27,7 +27,8 @@ def main(role: str) -> None:
         print(f"{worker_id}: error: --nonsense = 7: must be at most 6", file=sys.stderr)
         raise SystemExit(2 if fault == "config" else 1)
     host, _, port = options.http.rpartition(":")
-    server = ThreadingHTTPServer((host, int(port)), _handler(fault, Path(options.registry_dir)))
+    started = threading.Event()
+    server = ThreadingHTTPServer((host, int(port)), _handler(fault, Path(options.registry_dir), started))
     entry = Path(options.registry_dir) / f"{worker_id}.json"
     if role != "gateway":
         http = f"{host}:{server.server_address[1]}"
@@ -38,6 +39,7 @@ def main(role: str) -> None:
         signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
         threading.Thread(target=_end_with_parent, args=(options.parent_fd,), daemon=True).start()
     print(f"{worker_id} is up", flush=True)
+    threading.Timer(0.3, started.set).start()
     server.serve_forever(poll_interval=0.02)
     entry.unlink(missing_ok=True)
 
@@ -58,10 +60,10 @@ def _end_with_parent(fd: int) -> None:
     os._exit(75)
 
 
-def _handler(fault: str, registry: Path) -> type[BaseHTTPRequestHandler]:
+def _handler(fault: str, registry: Path, started: threading.Event) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            is_good = not (fault == "stuck" or (fault == "stalled" and self.path == "/livez"))
+            is_good = started.is_set() and not (fault == "stuck" or (fault == "stalled" and self.path == "/livez"))
             if self.path == "/readyz":
                 is_good = any(registry.glob("*.json"))
             body = json.dumps({"state": "starting", "phase": "fake phase", "percent": 50.0}).encode()
