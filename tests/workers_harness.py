@@ -128,7 +128,7 @@ class RunningWorker:
 async def until(condition: Callable[[], bool]) -> None:
     """Poll a condition that real threads and sockets bring about."""
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110  what is waited for has no event in this loop
+        while not condition():
             await asyncio.sleep(0.005)
 
 
@@ -151,9 +151,7 @@ class Workers:
         return await self._start(config, pb.ROLE_DECODE, model, settings, decode_worker_module.serve)
 
     async def aclose(self) -> None:
-        for worker in self._running:
-            if not worker.task.done():
-                await worker.end()
+        await asyncio.gather(*(worker.end() for worker in self._running if not worker.task.done()))
 
     def _settings(self, letter: str, settings: dict[str, Any]) -> dict[str, Any]:
         own = {key: value for key, value in settings.items() if key != "faults"}

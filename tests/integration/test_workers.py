@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+import grpc.aio
 import pytest
 
 from kvtransfer.protocol import baton_pb2 as pb
-from tests.workers_harness import BLOCK_SIZE, RunningWorker, Workers, gateway_to
+from kvtransfer.protocol import baton_pb2_grpc as stubs
+from tests.workers_harness import BLOCK_SIZE, FakeModel, RunningWorker, Workers, gateway_to, until
 
 LOCAL = pb.DISAGGREGATION_NEVER
 LENGTHS = (1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 8, 31, 90)
@@ -44,3 +47,221 @@ async def test_remote_prefill_gives_the_tokens_of_local_prefill_at_every_length(
             assert remote.ids == local.ids
     assert d.metric("baton_transfers_total", transport=transport, outcome="committed") == len(LENGTHS)
     await at_baseline(p, d)
+
+
+async def test_many_choices_share_one_remote_prefill_and_equal_local_ones(workers: Workers) -> None:
+    p, d = await workers.prefill(), await workers.decode()
+    async with gateway_to(d) as gateway:
+        for length in (7, 8, 30):
+            local = await gateway.ask(prompt_of(length), disaggregation=LOCAL, logs=((), (), ()), salt=b"l")
+            remote = await gateway.ask(prompt_of(length), [p.candidate], logs=((), (), ()), salt=b"r%d" % length)
+            assert (await remote.end()).stats.prefill_path == "remote"
+            assert remote.ids == local.ids
+            assert len({tuple(ids) for ids in remote.ids.values()}) == 3, "choices must differ"
+    await at_baseline(p, d)
+
+
+async def test_logprobs_of_the_first_token_travel_with_the_manifest(workers: Workers) -> None:
+    p, d = await workers.prefill(), await workers.decode()
+    async with gateway_to(d) as gateway:
+        local = await gateway.ask(prompt_of(9), disaggregation=LOCAL, num_logprobs=2, salt=b"l")
+        remote = await gateway.ask(prompt_of(9), [p.candidate], num_logprobs=2)
+        first, expected = remote.tokens[0][0], local.tokens[0][0]
+        assert len(first.top_logprobs) == 2
+        assert (first.logprob, list(first.top_logprobs)) == (expected.logprob, list(expected.top_logprobs))
+
+
+async def test_blocks_that_d_holds_are_not_sent_again(workers: Workers) -> None:
+    p, d = await workers.prefill(), await workers.decode()
+    prompt = prompt_of(33)
+    async with gateway_to(d) as gateway:
+        first = await (await gateway.ask(prompt, [p.candidate])).end()
+        again = await gateway.ask(prompt, [p.candidate])
+        ended = await again.end()
+        assert ended.stats.prefill_path == "remote"
+        assert ended.stats.num_cached_tokens >= 32
+        assert ended.stats.transfer_bytes < first.stats.transfer_bytes
+        fresh = await gateway.ask(prompt, disaggregation=LOCAL, salt=b"other tenant")
+        assert again.ids == fresh.ids
+    await at_baseline(p, d)
+
+
+async def test_a_replay_with_committed_logs_continues_the_same_streams(workers: Workers) -> None:
+    p, d = await workers.prefill(), await workers.decode()
+    prompt = prompt_of(21)
+    async with gateway_to(d) as gateway:
+        whole = await gateway.ask(prompt, disaggregation=LOCAL, logs=((), ()), salt=b"l")
+        logs = [whole.ids[0][:3], whole.ids[1][:5]]
+        for candidates, salt in (([p.candidate], b"remote"), ([], b"local")):
+            replay = await gateway.ask(prompt, candidates, logs=logs, salt=salt)
+            assert (await replay.end()).stats.prefill_path == salt.decode()
+            assert replay.ids == {0: whole.ids[0][3:], 1: whole.ids[1][5:]}
+    await at_baseline(p, d)
+
+
+# ---------------------------------------------------------------- ends before the end
+
+
+@pytest.mark.parametrize(("after_tokens", "delay_s"), [(0, 0.0), (0, 0.02), (0, 0.05), (0, 0.1), (1, 0.0), (5, 0.0)])
+async def test_cancel_at_any_stage_frees_every_block_of_both_workers(
+    workers: Workers, after_tokens: int, delay_s: float
+) -> None:
+    slow = FakeModel(step_s=0.02)
+    p, d = await workers.prefill(slow), await workers.decode(slow)
+    async with gateway_to(d) as gateway:
+        key, answer = await gateway.start(prompt_of(40), [p.candidate], max_tokens=60)
+        await asyncio.sleep(delay_s)
+        await until(lambda: len(answer.tokens[0]) >= after_tokens)
+        await gateway.cancel(key)
+        assert (await answer.end()).reason == pb.END_CANCELLED
+        assert len(answer.tokens[0]) <= after_tokens + 6, "a cancel takes effect within a step"
+        await at_baseline(p, d)
+        again = await gateway.ask(prompt_of(40), [p.candidate])
+        assert (await again.end()).reason == pb.END_FINISHED
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.2])
+async def test_a_gateway_that_is_gone_leaves_nothing_behind(workers: Workers, delay_s: float) -> None:
+    slow = FakeModel(step_s=0.02)
+    p, d = await workers.prefill(slow), await workers.decode(slow)
+    async with gateway_to(d) as gateway:
+        for seed in range(4):
+            await gateway.start(prompt_of(30, seed), [p.candidate], max_tokens=60, seed=seed)
+        await asyncio.sleep(delay_s)
+    await until(lambda: d.replica.engine.load().num_running == 0)
+    await at_baseline(p, d)
+
+
+async def test_the_deadline_ends_an_attempt_that_waits_for_prefill(workers: Workers) -> None:
+    p, d = await workers.prefill(FakeModel(step_s=0.3)), await workers.decode()
+    async with gateway_to(d) as gateway:
+        answer = await gateway.ask(prompt_of(60), [p.candidate], deadline_s=0.4)
+        assert (await answer.end()).reason == pb.END_DEADLINE
+    await at_baseline(p, d)
+
+
+# ---------------------------------------------------------------- prefill workers that fail
+
+
+async def test_a_corrupted_block_is_detected_counted_and_fetched_elsewhere(workers: Workers) -> None:
+    bad = await workers.prefill(faults={"corrupt-published-block": 2})
+    good, d = await workers.prefill(), await workers.decode()
+    async with gateway_to(d) as gateway:
+        local = await gateway.ask(prompt_of(30), disaggregation=LOCAL, salt=b"l")
+        answer = await gateway.ask(prompt_of(30), [bad.candidate, good.candidate])
+        ended = await answer.end()
+        assert ended.stats.prefill_worker_id == good.process.config.worker_id
+        assert answer.ids == local.ids
+    assert d.metric("baton_verification_failures_total", kind="corrupt") == 1
+    await at_baseline(bad, good, d)
+
+
+async def test_a_truncated_block_is_detected_counted_and_prefilled_here(workers: Workers) -> None:
+    p, d = await workers.prefill(), await workers.decode(faults={"truncate-pulled-block": 3})
+    async with gateway_to(d) as gateway:
+        local = await gateway.ask(prompt_of(30), disaggregation=LOCAL, salt=b"l")
+        answer = await gateway.ask(prompt_of(30), [p.candidate])
+        ended = await answer.end()
+        assert (ended.stats.prefill_path, ended.stats.path_reason) == ("local", "candidates_failed")
+        assert answer.ids == local.ids
+    assert d.metric("baton_verification_failures_total", kind="truncated") == 1
+    await at_baseline(p, d)
+
+
+async def test_unreachable_foreign_and_unproven_workers_are_passed_over(workers: Workers, tmp_path: Path) -> None:
+    other_secret = tmp_path / "other"
+    other_secret.write_text("wrong battery")
+    foreign = await workers.prefill(FakeModel(digest="another model"))
+    stranger = await workers.prefill(secret_file=other_secret)
+    good, d = await workers.prefill(), await workers.decode()
+    nowhere = pb.PrefillCandidate(worker_id="nowhere", address="127.0.0.1:9")
+    async with gateway_to(d) as gateway:
+        candidates = [nowhere, foreign.candidate, stranger.candidate, good.candidate]
+        ended = await (await gateway.ask(prompt_of(12), candidates)).end()
+        assert ended.stats.prefill_worker_id == good.process.config.worker_id
+    assert d.metric("baton_prefill_fallbacks_total", reason="unreachable") == 3
+
+
+async def test_a_worker_that_restarted_since_the_gateway_looked_is_used_under_its_new_boot_id(
+    workers: Workers,
+) -> None:
+    p, d = await workers.prefill(), await workers.decode()
+    stale = pb.PrefillCandidate(worker_id="p0", address=p.address, boot_id=b"\0" * 16)
+    async with gateway_to(d) as gateway:
+        ended = await (await gateway.ask(prompt_of(12), [stale])).end()
+        assert ended.stats.prefill_path == "remote"
+
+
+async def test_a_caller_without_the_secret_is_refused(workers: Workers) -> None:
+    d = await workers.decode()
+    async with grpc.aio.insecure_channel(d.address) as channel:
+        call = stubs.DecodeWorkerStub(channel).Generate(metadata=(("baton-secret", "guess"),))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call.read()
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+# ---------------------------------------------------------------- limits, liveness, drain
+
+
+async def test_the_limit_of_requests_refuses_with_its_numbers(workers: Workers) -> None:
+    d = await workers.decode(FakeModel(step_s=0.02), max_num_requests=1)
+    async with gateway_to(d) as gateway:
+        _, first = await gateway.start(prompt_of(5), disaggregation=LOCAL, max_tokens=30)
+        refused = await (await gateway.ask(prompt_of(5), disaggregation=LOCAL)).end()
+        assert refused.reason == pb.END_OVERLOADED
+        assert "the limit is 1" in refused.message
+        assert (await first.end()).reason == pb.END_FINISHED
+
+
+async def test_a_request_that_can_never_run_is_told_field_value_and_limit(workers: Workers) -> None:
+    d = await workers.decode()
+    async with gateway_to(d) as gateway:
+        answer = await gateway.ask(prompt_of(200), disaggregation=LOCAL)
+        ended = await answer.end()
+        assert (ended.reason, answer.is_accepted) == (pb.END_INVALID, False)
+        assert "the limit is 127" in ended.message
+
+
+async def test_heartbeats_come_without_asking_and_tell_the_load(workers: Workers) -> None:
+    d = await workers.decode()
+    async with gateway_to(d) as gateway:
+        await until(lambda: len(gateway.loads) >= 2)
+        assert gateway.loads[-1].num_blocks_total == 64
+
+
+async def test_a_drain_finishes_what_runs_refuses_new_ones_and_hands_over_the_rest(workers: Workers) -> None:
+    d = await workers.decode(FakeModel(step_s=0.02), drain_s=0.5)
+    async with gateway_to(d) as gateway:
+        _, short = await gateway.start(prompt_of(5), disaggregation=LOCAL, max_tokens=5)
+        _, endless = await gateway.start(prompt_of(6), disaggregation=LOCAL, max_tokens=100)
+        await until(lambda: len(endless.tokens[0]) > 0)
+        ending = asyncio.create_task(d.end())
+        await until(lambda: not d.process.health.is_ready)
+        late = await gateway.ask(prompt_of(5), disaggregation=LOCAL)
+        assert (await late.end()).reason == pb.END_DRAINING
+        assert (await short.end()).reason == pb.END_FINISHED
+        assert (await endless.end()).reason == pb.END_DRAINING
+        assert await ending == 0
+
+
+async def test_a_prefill_worker_drains_until_its_tickets_are_closed(workers: Workers) -> None:
+    p, d = await workers.prefill(FakeModel(step_s=0.05)), await workers.decode()
+    async with gateway_to(d) as gateway:
+        _, answer = await gateway.start(prompt_of(60), [p.candidate])
+        await until(lambda: p.replica.engine.has_work)
+        ending = asyncio.create_task(p.end())
+        ended = await answer.end()
+        assert (ended.reason, ended.stats.prefill_path) == (pb.END_FINISHED, "remote")
+        assert await ending == 0
+        late = await gateway.ask(prompt_of(9), [p.candidate])
+        assert (await late.end()).stats.prefill_path == "local"
+
+
+async def test_auto_counts_its_decisions_with_their_reason(workers: Workers) -> None:
+    p, d = await workers.prefill(), await workers.decode()
+    async with gateway_to(d) as gateway:
+        await gateway.ask(prompt_of(3), [p.candidate], disaggregation=pb.DISAGGREGATION_AUTO)
+        await gateway.ask(prompt_of(60), [], disaggregation=pb.DISAGGREGATION_AUTO)
+    assert d.metric("baton_prefill_decisions_total", path="local", reason="one_block") == 1
+    assert d.metric("baton_prefill_decisions_total", path="local", reason="no_candidate") == 1
