@@ -81,6 +81,7 @@ class _FaultyPuller:
         on_read: OnRead,
     ) -> None:
         destination = destinations[position]
+        source = block
         if fault is Fault.DELAY:
             await self._resume.wait()
         elif fault is Fault.DROP:
@@ -88,15 +89,17 @@ class _FaultyPuller:
         elif fault is Fault.LOSE:
             raise TransportLost("fault injected")
         elif fault is Fault.SWAP:
-            block = replace(blocks[(position + 1) % len(blocks)], index=block.index)
-        await self._inner.pull([block], [destination], self._damaging(fault, destination, on_read))
+            source = blocks[(position + 1) % len(blocks)]
+        await self._inner.pull([source], [destination], self._damaging(fault, block, destination, on_read))
 
-    def _damaging(self, fault: Fault | None, destination: memoryview, on_read: OnRead) -> OnRead:
+    def _damaging(self, fault: Fault | None, block: SourceBlock, destination: memoryview, on_read: OnRead) -> OnRead:
         damage: Callable[[BlockRead], Iterator[BlockRead]] = _DAMAGE.get(fault, _nothing) if fault else _nothing
 
         def damaged(read: BlockRead) -> None:
             if fault is Fault.CORRUPT:
-                destination[read.index % destination.nbytes] ^= 1
+                destination[block.index % destination.nbytes] ^= 1
+            if fault is Fault.SWAP:
+                read = replace(read, index=block.index, generation=block.generation)
             for reported in damage(read):
                 on_read(reported)
 

@@ -204,14 +204,18 @@ class PrefillClient:
         call = rpc.stream_call(
             channel, f"{_SERVICE}/Prefill", pb.PrefillUp.SerializeToString, pb.PrefillDown.FromString
         )(metadata=self._secret.metadata)
-        self._session = session
-        self._changed.set()
         try:
+            await asyncio.wait_for(call.wait_for_connection(), CONNECT_S)
+            self._session = session
+            self._changed.set()
             await session.run(call)
+        except (TimeoutError, *rpc.RPC_ERRORS) as error:
+            raise PeerUnusable(f"no control stream: {rpc.status(error)}") from error
         finally:
             self._session = None
             self._last_error = "the stream was lost"
             call.cancel()
+            await session.aclose()
 
     async def _hello(self, channel: Any) -> pb.WorkerInfo:
         hello = rpc.unary_call(
@@ -327,12 +331,14 @@ class _Session:
             for task in running:
                 task.cancel()
             for outcome in await asyncio.gather(*running, return_exceptions=True):
-                if isinstance(outcome, Exception) and not isinstance(outcome, rpc.RPC_ERRORS):
+                if isinstance(outcome, rpc.RPC_ERRORS):
+                    log.info("a control stream ended: %s", rpc.status(outcome))
+                elif isinstance(outcome, Exception):
                     log.error("a control stream failed", exc_info=outcome)
             self._perform(self._side.stream_lost(self._failure, self._loop.time()))
-            await self._close()
 
-    async def _close(self) -> None:
+    async def aclose(self) -> None:
+        """Wait for the pulls to let go, then close their transports."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for transport in self._transports:
             await transport.aclose()
