@@ -1,0 +1,91 @@
+"""Sizes derive from cgroup limits and free memory, and say how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.sizing import (
+    RESERVE_BYTES,
+    HostLimits,
+    MemoryTooSmall,
+    derive_kv_size,
+    derive_threads,
+    read_host_limits,
+)
+
+GIB = 1024**3
+MEMINFO = "MemTotal:       16777216 kB\nMemFree: 1 kB\nMemAvailable:   12582912 kB\n"
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def limits(root: Path) -> HostLimits:
+    return read_host_limits(root, root / "meminfo", cpus=8)
+
+
+def test_without_cgroup_limits_the_host_counts(tmp_path: Path) -> None:
+    write(tmp_path, {"meminfo": MEMINFO, "memory.max": "max", "cpu.max": "max 100000"})
+    assert limits(tmp_path) == HostLimits(16 * GIB, 12 * GIB, 8)
+
+
+def test_cgroup_v2_limits_count(tmp_path: Path) -> None:
+    files = {"meminfo": MEMINFO, "memory.max": f"{4 * GIB}", "memory.current": f"{GIB}", "cpu.max": "250000 100000"}
+    assert limits(write(tmp_path, files)) == HostLimits(4 * GIB, 3 * GIB, 2)
+
+
+def test_cgroup_v1_limits_count(tmp_path: Path) -> None:
+    files = {
+        **{"meminfo": MEMINFO, "memory/memory.limit_in_bytes": f"{2 * GIB}", "memory/memory.usage_in_bytes": "0"},
+        **{"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"},
+    }
+    assert limits(write(tmp_path, files)) == HostLimits(2 * GIB, 2 * GIB, 1)
+
+
+def test_an_absurd_cgroup_v1_limit_does_not_count(tmp_path: Path) -> None:
+    files = {
+        **{"meminfo": MEMINFO, "memory/memory.limit_in_bytes": "9223372036854771712"},
+        **{"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"},
+    }
+    assert limits(write(tmp_path, files)) == HostLimits(16 * GIB, 12 * GIB, 8)
+
+
+def test_this_host_can_be_read() -> None:
+    found = read_host_limits()
+    assert 0 < found.available_bytes <= found.memory_bytes
+    assert found.num_cpus >= 1
+
+
+def test_the_kv_memory_is_a_share_of_what_is_available() -> None:
+    size = derive_kv_size(
+        HostLimits(16 * GIB, 10 * GIB, 8), block_bytes=1024**2, min_blocks=1, weight_bytes=GIB, workers_on_host=2
+    )
+    assert size.kv_bytes == size.num_blocks * 1024**2
+    assert size.num_blocks == (4 * GIB - GIB - RESERVE_BYTES) // 1024**2
+    assert "10240 MiB" in size.explanation
+    assert "2 workers" in size.explanation
+
+
+def test_a_request_overrides_the_derivation_and_a_cap_limits_it() -> None:
+    host = HostLimits(GIB, GIB, 1)
+    assert derive_kv_size(host, block_bytes=100, min_blocks=1, requested_bytes=1050).num_blocks == 10
+    capped = derive_kv_size(host, block_bytes=100, min_blocks=1, requested_bytes=1050, max_blocks=7)
+    assert capped.num_blocks == 7
+    assert "never be used" in capped.explanation
+
+
+def test_too_little_memory_is_refused_with_the_arithmetic() -> None:
+    with pytest.raises(MemoryTooSmall, match=r"= 10 blocks, but one sequence .* needs 11"):
+        derive_kv_size(HostLimits(GIB, GIB, 1), block_bytes=100, min_blocks=11, requested_bytes=1050)
+
+
+@pytest.mark.parametrize(("cpus", "workers", "threads"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
+def test_processors_are_shared(cpus: int, workers: int, threads: int) -> None:
+    assert derive_threads(HostLimits(GIB, GIB, cpus), workers) == threads
