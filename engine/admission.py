@@ -1,10 +1,11 @@
 """Will everything that runs fit until it ends? The exact future peak, and how long sequences are guessed to run.
 
-A running sequence that holds KV of a tokens after its next step and lives b steps beyond it holds ceil((a + t) / block_size)
-blocks t steps later, for t <= b, then nothing. Memory grows until someone ends, so the peak lies at one of those moments: sorted by b,
-descending, it is max_i sum_{j<=i} ceil((a_j + b_i) / block_size). A block that several sequences hold counts once, with the
-holder that lives longest. What fills or is promised counts its final total throughout (`fixed_blocks`).
-After LightLLM's admission (token granularity) and "Past-Future" (Gong et al., ASPLOS 2025).
+A running sequence that holds KV of a tokens after its next step and lives b steps beyond it holds ceil((a + t) /
+block_size) blocks t steps later, for t <= b, then nothing. Memory grows until someone ends, so the peak lies at one
+of those moments: sorted by b, descending, it is max_i sum_{j<=i} ceil((a_j + b_i) / block_size). A block that several
+sequences hold counts once, with the holder that lives longest. What fills or is promised counts its final total
+throughout (`fixed_blocks`). After LightLLM's admission (token granularity) and "Past-Future" (Gong et al., ASPLOS
+2025).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def future_peak(
     held, left = num_tokens[order] + (block_size - 1), remaining[order]
     whole, remainder = np.divmod(held, block_size)
     left_whole, left_remainder = np.divmod(left, block_size)
-    # carries[i, t]: how many j <= i have a remainder >= t, i.e. cross into one more block after block_size - t further tokens.
+    # carries[i, t]: how many j <= i have a remainder >= t: block_size - t more tokens take them into one more block.
     carries = np.cumsum(remainder[:, None] >= np.arange(block_size + 1)[None, :], axis=0)
     rank = np.arange(len(held))
     total = np.cumsum(whole) + (rank + 1) * left_whole + carries[rank, block_size - left_remainder]
@@ -105,7 +106,8 @@ class ConstantLength:
 class HistoryLength:
     """Drawn from the lengths of finished sequences that were longer than this one is already.
 
-    A sequence longer than all of them is guessed to run to its limit. Until `min_samples` have finished, a constant is used.
+    A sequence longer than all of them is guessed to run to its limit. Until `min_samples` have finished, a constant
+    is used.
     """
 
     def __init__(self, fallback: ConstantLength, max_samples: int = 1000, min_samples: int = 32) -> None:

@@ -7,11 +7,11 @@
      └── QUARANTINED: the request is gone while a transfer may still write; left when the transfer lets go
 
 A block has two kinds of owners, counted apart: requests (sequences whose table names it) and transfers (a peer reads or
-writes it). It is free only when both counts are zero (T1). Its generation rises whenever it is handed out anew, so that a
-reader who remembers an old one notices. A block is *kept* while the prefix cache can find it.
+writes it). It is free only when both counts are zero (T1). Its generation rises whenever it is handed out anew, so that
+a reader who remembers an old one notices. A block is *kept* while the prefix cache can find it.
 
-All operations are O(1) per block: parallel lists, one intrusive list for the eviction order, and a byte map of free blocks
-in which `bytearray.find` looks for contiguous runs at memory speed.
+All operations are O(1) per block: parallel lists, one intrusive list for the eviction order, and a byte map of free
+blocks in which `bytearray.find` looks for contiguous runs at memory speed.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class BlockPool:
     def allocate(self, count: int, after: int = -1) -> list[int]:
         """Hand out `count` blocks to a request, contiguous where that is cheap, the first one behind `after` if free.
 
-        The caller has checked `num_available`. Cached blocks are evicted, oldest first, only as far as free ones do not suffice.
+        The caller has checked `num_available`. Cached blocks are evicted, oldest first, only where free ones do not
+        suffice.
         """
         assert count <= self.num_available, f"{count} blocks asked for, {self.num_available} available"
         if count > self.num_free:

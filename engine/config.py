@@ -28,7 +28,7 @@ class EngineConfig:
     """Limits and choices of one engine. Units: tokens and blocks; memory sizes are decided by who made the KV memory.
 
     A prompt chunk ends at an absolute multiple of `chunk_size` or at the prompt's end, whatever else runs in the step;
-    one step may take several such units of a prompt. `max_num_batched_tokens` bounds a step: decodes first, the rest prompts.
+    one step may take several such units of a prompt. `max_num_batched_tokens` bounds a step: decodes, then prompts.
     `cache_namespace` keys the prefix cache next to the tenant's salt: model id, digest and adapter.
     """
 

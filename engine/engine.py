@@ -19,9 +19,9 @@ Prefill worker:
     release_transfer(key, ok)                      the transfer lets go -> RequestEnded
 
 Anywhere: cancel(key) -> RequestEnded. It may come in any phase. Where a transfer still holds blocks (a decode worker's
-filling request, a prefill worker's started one), they stay pinned until release_transfer(key, ok=False), so that nothing is
-reused under a peer's hands. Every accepted request ends with exactly one RequestEnded; cancel, grant_credit and
-release_transfer ignore keys that ended.
+filling request, a prefill worker's started one), they stay pinned until release_transfer(key, ok=False), so that
+nothing is reused under a peer's hands. Every accepted request ends with exactly one RequestEnded; cancel,
+grant_credit and release_transfer ignore keys that ended.
 
 `match` and `start_prefill` raise RequestInvalid or EngineDraining and then know nothing of the request. The other calls
 raise RequestUnknown for a key that ended (every caller has that race: the event is on its way) and PhaseConflict for a
@@ -69,7 +69,7 @@ _SMOOTHING = 0.1
 
 
 class Engine:
-    """Owns every request, sequence and KV block of one model replica. Not thread-safe: engine/loop.py gives it its thread."""
+    """Owns every request, sequence and KV block of one model replica. Not thread-safe: engine/loop.py is its thread."""
 
     def __init__(self, config: EngineConfig, runner: Runner, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
@@ -108,13 +108,13 @@ class Engine:
         self._scheduler.enqueue(group.leader)
 
     def promise_remote(self, key: int) -> None:
-        """Queue a matched request for remote prefill; RemotePromised follows when its final size fits beside the rest."""
+        """Queue a matched request for remote prefill; RemotePromised follows when its final size fits."""
         group = self._expect(key, "promise_remote", Phase.MATCHED)
         group.move(Phase.PROMISE_QUEUED)
         self._scheduler.enqueue(group.leader)
 
     def try_reserve_remote(self, key: int) -> tuple[BlockSlot, ...] | None:
-        """Blocks [num_cached_blocks, all) of a promised prompt, owned by the transfer too; None: RemoteReserved follows."""
+        """Blocks [num_cached_blocks, all) of a promised prompt to fill; None: RemoteReserved follows."""
         group = self._expect(key, "try_reserve_remote", Phase.PROMISED)
         if self._scheduler.try_reserve(group):
             group.move(Phase.FILLING)
@@ -125,8 +125,8 @@ class Engine:
     def commit_remote(self, key: int, first_tokens: Mapping[int, SampledToken] | None = None) -> None:
         """The KV of the whole prompt is there and verified (T2), and the transfer has let go.
 
-        `first_tokens` are by choice; if one of those with an empty log is missing, all of them are drawn here. Choices with
-        a log fork from the prompt and compute their log.
+        `first_tokens` are by choice; if one of those with an empty log is missing, all of them are drawn here. Choices
+        with a log fork from the prompt and compute their log.
         """
         group = self._expect(key, "commit_remote", Phase.FILLING)
         group.move(Phase.RUNNING)
@@ -180,15 +180,15 @@ class Engine:
     def grant_credit(self, key: int, num_blocks: int) -> None:
         """The decode worker has room for `num_blocks` more. Ignored for a key that ended.
 
-        Chunks end at multiples of the chunk size, so a decode worker that grants in small windows must leave room for the
-        blocks of one chunk.
+        Chunks end at multiples of the chunk size, so a decode worker that grants in small windows must leave room for
+        the blocks of one chunk.
         """
         group = self._groups.get(key)
         if group is not None:
             group.credit += num_blocks
 
     def release_transfer(self, key: int, ok: bool) -> None:
-        """The transfer lets go of every block of `key`. Not ok, or before PrefillDone, it also ends the prompt (CANCELLED).
+        """The transfer lets go of every block of `key`. Not ok, or before PrefillDone, that also ends it (CANCELLED).
 
         On a decode worker: only for requests that ended while filling; live ones are committed or aborted.
         """

@@ -1,8 +1,8 @@
 """A model without a model: tests, and services under test, run it in microseconds, and it sees every memory fault.
 
-Its "KV" of a position is a hash of all token ids up to it. Before it computes a chunk it asserts that every earlier position of the
-sequence really lies in the slots that the block table names, as attention would need it: a wrong block table, a missed
-copy-on-write, a block lost to another sequence or a hand-over of stale bytes is an assertion failure.
+Its "KV" of a position is a hash of all token ids up to it. Before it computes a chunk it asserts that every earlier
+position of the sequence really lies in the slots that the block table names, as attention would need it: a wrong block
+table, a missed copy-on-write, a block lost to another sequence or a hand-over of stale bytes is an assertion failure.
 The next token is a hash of all token ids, the seed, the choice and the position, so it depends on nothing else.
 """
 
@@ -51,7 +51,7 @@ class FakeRunner:
         self.slots[block_id, first_slot:] = 0
 
     def _check(self, chunk: Chunk) -> list[int]:
-        """Assert that the KV of earlier positions is there; return the hashes of all positions up to the chunk's end."""
+        """Assert that the KV of earlier positions is there; return the hashes up to the chunk's end."""
         sequence, end = chunk.sequence, chunk.start + chunk.num_tokens
         assert chunk.num_tokens > 0
         assert end <= len(sequence.token_ids), "a chunk reaches beyond the known tokens"

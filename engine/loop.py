@@ -2,8 +2,9 @@
 
     submit(fn) ──inbox──> [ run calls ─> step ─> on_events(list) ─> load snapshot ] ──> sleeps when idle
 
-Results of submitted calls are set before the events of the step that follows are delivered. An EngineError belongs to its
-caller; any other exception means that the engine's state cannot be trusted: it is reported once and the thread ends.
+Results of submitted calls are set before the events of the step that follows are delivered. An EngineError belongs to
+its caller; any other exception means that the engine's state cannot be trusted: it is reported once and the thread
+ends.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a service says to the engine and hears back: plain data, no torch, no I/O.
 
-Events are plain slotted dataclasses instead of frozen ones: one is made per token, and frozen costs three times as much.
+Events are plain slotted dataclasses instead of frozen ones: one is made per token, and frozen costs three times as
+much.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from engine.request import FinishReason, SampledToken, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class ChoiceStart:
-    """One unfinished choice of a request and the tokens its log already holds (failover: the engine continues after them)."""
+    """One unfinished choice and the tokens its log already holds (failover: the engine continues after them)."""
 
     choice: int
     committed_token_ids: tuple[int, ...] = ()
@@ -39,7 +40,7 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class PrefixMatch:
-    """How much of a prompt lies in this engine's prefix cache: whole blocks, never the last prompt token if it must be sampled from."""
+    """How much of a prompt lies in this engine's prefix cache: whole blocks, short of the last prompt token."""
 
     num_cached_blocks: int
     num_cached_tokens: int
@@ -75,7 +76,8 @@ class EndReason(Enum):
 class RequestStats:
     """What a request cost. Times are durations in seconds of the engine's clock.
 
-    `queue_s`: until its first chunk was scheduled (or its remote prefill promised); `prefill_s`: from there to its first token.
+    `queue_s`: until its first chunk was scheduled (or its remote prefill promised); `prefill_s`: from there to its
+    first token.
     """
 
     num_prompt_tokens: int = 0
@@ -103,7 +105,8 @@ class TokenEvent:
 class RequestEnded:
     """The last event of a key, and the only one of its kind.
 
-    A transfer that still holds blocks of it (cancelled or expired meanwhile) must yet be let go with `release_transfer`.
+    A transfer that still holds blocks of it (cancelled or expired meanwhile) must yet be let go with
+    `release_transfer`.
     """
 
     key: int
@@ -133,7 +136,7 @@ class RemoteReserved:
 
 @dataclass(slots=True)
 class PrefillStarting:
-    """The whole need of a prompt is reserved. `num_blocks` will be published, from `num_blocks_held` on, the tail included."""
+    """A prompt's whole need is reserved. `num_blocks` will be published, from `num_blocks_held` on, with the tail."""
 
     key: int
     num_blocks: int
@@ -150,7 +153,8 @@ class BlocksFilled:
 
 @dataclass(slots=True)
 class PrefillDone:
-    """The prompt is computed and every full block was announced. `tail` is the last, partial block; its unused slots are zero.
+    """The prompt is computed and every full block was announced. `tail` is the last, partial block; its unused slots
+    are zero.
 
     The blocks stay pinned until `release_transfer`, which also brings RequestEnded.
     """

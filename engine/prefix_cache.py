@@ -1,10 +1,10 @@
 """Which blocks already hold the KV of this prefix? A SHA-256 chain over full blocks.
 
-A link hashes its parent's digest and the block's token ids; the first parent is keyed by the tenant's salt and the model (and
-adapter), so a block can only be found by tenants whose salt made it (T9). On a hit the hashed bytes themselves are compared
-again, link by link from the root, so a collision could never serve another prompt's KV.
-Only complete blocks are entered, after the step that wrote them. Where two sequences computed the same block, the first stays
-and the other is freed with its sequence: block tables are append-only.
+A link hashes its parent's digest and the block's token ids; the first parent is keyed by the tenant's salt and the
+model (and adapter), so a block can only be found by tenants whose salt made it (T9). On a hit the hashed bytes
+themselves are compared again, link by link from the root, so a collision could never serve another prompt's KV.
+Only complete blocks are entered, after the step that wrote them. Where two sequences computed the same block, the
+first stays and the other is freed with its sequence: block tables are append-only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PrefixCache:
         return len(self._blocks)
 
     def root(self, salt: bytes) -> bytes:
-        """The parent of a tenant's first links. The salt's length is hashed too: no salt and namespace can pass for another."""
+        """The parent of a tenant's first links; keyed with its length, so that no two pairs are alike."""
         keyed = len(salt).to_bytes(8, "little") + salt + self._namespace
         return hashlib.sha256(b"baton prefix root" + keyed).digest()
 
@@ -56,7 +56,7 @@ class PrefixCache:
             links.append(Link(content, parent))
 
     def match(self, links: Sequence[Link]) -> list[int]:
-        """The blocks of the longest known prefix of the chain. Owns nothing: `share` them before anything is allocated."""
+        """The blocks of the longest known prefix of the chain. Owns nothing: `share` them before allocating."""
         found: list[int] = []
         for link in links:
             block = self._blocks.get(link.digest)

@@ -25,7 +25,8 @@ from engine.messages import EngineCounters
 from engine.policy import make_policy
 from engine.sequence_memory import SequenceMemory
 
-# Steps until a refused request is looked at again when nobody ended meanwhile: estimates drift, memory does not grow by itself.
+# Steps until a refused request is looked at again when nobody ended meanwhile: estimates drift, memory does not grow
+# by itself.
 RETRY_STEPS = 8
 # Prompts that may be reserved while their decode worker has not granted credit: enough to hide a round trip.
 MAX_UNCREDITED_PROMPTS = 8
@@ -120,7 +121,7 @@ class Scheduler:
         running[sequence.sequence_id] = sequence
 
     def recompute_last(self, leader: ScheduledSequence) -> None:
-        """Let a sequence run whose prompt's KV is there but whose last position must be computed again, to draw from it."""
+        """Let a sequence run whose prompt's KV is there but for the last position, to draw from it."""
         self.prefilling[leader.sequence_id] = leader
 
     def hand_over(self, leader: ScheduledSequence) -> None:
@@ -297,8 +298,9 @@ class Scheduler:
     def _plan_reservations(self, plan: Plan) -> None:
         for group in tuple(self._reserving.values()):
             if not self.try_reserve(group):
-                # Promises fit beside each other, so what is missing is held by running sequences that outgrew their estimate;
-                # decodes of this step have their blocks already, so one is dropped at the start of a later step.
+                # Promises fit beside each other, so what is missing is held by running sequences that outgrew their
+                # estimate; decodes of this step have their blocks already, so one is dropped at the start of a later
+                # step.
                 break
             plan.reserved.append(group)
 
@@ -308,7 +310,7 @@ class Scheduler:
         return group.due + self._config.prefill_ageing * group.arrived_at, group.arrival
 
     def _credited_end(self, group: Group) -> int:
-        """How far credit lets a prompt go: the blocks that a chunk completes must be covered, at the end the tail too."""
+        """How far credit lets a prompt go: it must cover the blocks that a chunk completes, at the end the tail too."""
         covered = group.num_held_blocks + group.credit
         if covered >= self._memory.blocks_for(group.leader.num_prompt_tokens):
             return group.leader.num_prompt_tokens
@@ -342,12 +344,9 @@ class Scheduler:
         num_blocks = self._memory.blocks_for(num_prompt_tokens)
         if self._memory.num_missing(matched, num_blocks) > self._pool.num_available:
             return False
-        return (
-            not self.decoding
-            and not self.prefilling
-            and not self.remote
-            or self._peak(num_blocks, matched) <= self._capacity
-        )
+        return (not self.decoding and not self.prefilling and not self.remote) or self._peak(
+            num_blocks, matched
+        ) <= self._capacity
 
     def _start_prompt(self, group: Group) -> None:
         leader = group.leader

@@ -1,4 +1,4 @@
-"""Where does a sequence's KV lie? Block tables over the pool and the prefix cache; the only code that edits a block table."""
+"""Where does a sequence's KV lie? Block tables over pool and prefix cache; nothing else edits a block table."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SequenceMemory:
         return self.cache.match(sequence.links[:limit])
 
     def num_missing(self, matched: list[int], num_blocks: int) -> int:
-        """Available blocks that a table of `num_blocks` takes when it starts with `matched`: new ones, and cached ones revived."""
+        """What a table of `num_blocks` starting with `matched` takes of what is available: new blocks, and revived ones."""
         owners = self.pool.is_owned
         return num_blocks - sum(owners(block) for block in matched)
 
@@ -50,7 +50,7 @@ class SequenceMemory:
         return (missing if missing > 0 else 0) + (1 if self._must_copy(sequence) else 0)
 
     def grow(self, sequence: ScheduledSequence, end: int) -> tuple[int, int] | None:
-        """Make positions up to `end` writable. Returns the copy-on-write (source, destination) that must run first, if any."""
+        """Make positions up to `end` writable. Returns the copy (source, destination) that must run first, if any."""
         table, copy = sequence.block_table, None
         if sequence.is_tail_shared:
             if self._must_copy(sequence):
@@ -67,7 +67,7 @@ class SequenceMemory:
         return copy
 
     def fork(self, parent: ScheduledSequence, child: ScheduledSequence) -> None:
-        """Let `child` share everything that `parent` computed; a partial last block is copied by whoever writes it first."""
+        """Let `child` share all that `parent` computed; a partial last block is copied by whoever writes it first."""
         num_blocks = self.blocks_for(parent.num_computed_tokens)
         child.block_table = parent.block_table[:num_blocks]
         self.pool.share(child.block_table)
@@ -79,7 +79,7 @@ class SequenceMemory:
             parent.is_tail_shared = child.is_tail_shared = True
 
     def note_filled(self, sequence: ScheduledSequence) -> None:
-        """Blocks that are complete by now become filled, and known to the prefix cache. Call after the step that wrote them."""
+        """Blocks complete by now become filled, and known to the prefix cache. Call after the step that wrote them."""
         first, end = sequence.num_filled_blocks, sequence.num_computed_tokens // self.block_size
         if first >= end:
             return

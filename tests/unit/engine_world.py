@@ -1,4 +1,4 @@
-"""A decode and a prefill engine on fake runners, with the test as the service between them: it moves KV and checks all it hears."""
+"""A decode and a prefill engine on fake runners. The world is the service between them and checks all it hears."""
 
 from __future__ import annotations
 

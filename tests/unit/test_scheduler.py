@@ -1,0 +1,286 @@
+"""What one plan contains: order, budget, chunk boundaries, queues, and who is preempted."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.batch import Batch
+from engine.config import EngineConfig, LengthEstimate, PolicyName
+from engine.engine import Engine
+from engine.errors import ConfigInvalid
+from engine.messages import BlocksFilled, ChoiceStart, EngineRequest, PrefillDone, PrefillStarting, TokenEvent
+from engine.policy import ChunkedPolicy, FcfsPolicy
+from engine.request import SamplingParams
+from tests.unit.engine_world import FakeClock, make_config, make_engine
+
+
+class Watch:
+    """Records the batches an engine's runner is given."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.batches: list[Batch] = []
+        self._runner = engine._runner
+        engine._runner = self
+
+    def execute(self, batch: Batch):
+        self.batches.append(batch)
+        self.spans = [
+            [(c.sequence.request_key, c.start, c.start + c.num_tokens) for c in b.chunks] for b in self.batches
+        ]
+        return self._runner.execute(batch)
+
+    def zero_slots(self, block_id: int, first_slot: int) -> None:
+        self._runner.zero_slots(block_id, first_slot)
+
+
+def submit(engine: Engine, key: int, num_prompt_tokens: int, max_tokens: int = 4, choices: int = 1) -> None:
+    prompt = tuple(1 + (key + position) % 7 for position in range(num_prompt_tokens))
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    starts = tuple(ChoiceStart(choice) for choice in range(choices))
+    engine.match(EngineRequest(key, f"r{key}", prompt, sampling, starts))
+    engine.start_local(key)
+
+
+def run_out(engine: Engine) -> list[TokenEvent]:
+    events = []
+    for _ in range(500):
+        if not engine.has_work:
+            return [event for event in events if isinstance(event, TokenEvent)]
+        events += engine.step().events
+        engine.check()
+    raise AssertionError("the engine does not come to an end")
+
+
+@pytest.mark.parametrize(
+    ("start", "target", "budget", "end"),
+    [
+        (0, 20, 8, 8),
+        (0, 20, 15, 8),
+        (0, 20, 16, 16),
+        (0, 20, 20, 20),
+        (0, 20, 7, 0),
+        (4, 20, 8, 8),
+        (4, 20, 3, 4),
+        (16, 20, 4, 20),
+        (16, 20, 3, 16),
+    ],
+)
+def test_chunks_end_at_absolute_multiples_or_the_end(start: int, target: int, budget: int, end: int):
+    assert ChunkedPolicy(8).chunk_end(start, target, budget) == end
+
+
+def test_fcfs_never_splits_a_prompt():
+    assert FcfsPolicy().chunk_end(0, 1000, 1) == 1000
+    assert FcfsPolicy().chunk_end(0, 1000, 0) == 0
+
+
+def test_decodes_come_first_then_begun_prompts_then_new_ones():
+    engine, _ = make_engine()
+    watch = Watch(engine)
+    submit(engine, 1, 4, max_tokens=8)
+    engine.step()
+    submit(engine, 2, 30)
+    submit(engine, 3, 8)
+    engine.step()
+    engine.step()
+    assert watch.spans[1] == [(1, 4, 5), (2, 0, 16)]  # 23 tokens of budget: two whole chunks of 8
+    assert watch.spans[2] == [(1, 5, 6), (2, 16, 30), (3, 0, 8)]
+
+
+def test_a_step_never_exceeds_its_budget_and_no_decode_waits_for_a_prompt():
+    engine, _ = make_engine()
+    watch = Watch(engine)
+    for key in range(1, 9):
+        submit(engine, key, 5 * key, max_tokens=6)
+    run_out(engine)
+    for spans in watch.spans:
+        assert sum(end - start for _, start, end in spans) <= engine.config.max_num_batched_tokens
+    for key in range(1, 9):
+        decoding = [index for index, spans in enumerate(watch.spans) if (key, 5 * key) in [span[:2] for span in spans]]
+        steps = [index for index, spans in enumerate(watch.spans) for span in spans if span[0] == key]
+        first = steps.index(decoding[0])
+        assert steps[first:] == list(range(decoding[0], decoding[0] + 5)), "one token in every step from the first on"
+
+
+def test_a_late_request_joins_the_running_batch_in_the_next_step():
+    engine, _ = make_engine()
+    watch = Watch(engine)
+    submit(engine, 1, 4, max_tokens=9)
+    engine.step()
+    engine.step()
+    submit(engine, 2, 3)
+    engine.step()
+    assert watch.spans[-1] == [(1, 5, 6), (2, 0, 3)]
+
+
+def test_fcfs_runs_a_whole_prompt_over_budget():
+    engine, _ = make_engine(policy=PolicyName.FCFS)
+    watch = Watch(engine)
+    submit(engine, 1, 50)
+    run_out(engine)
+    assert watch.spans[0] == [(1, 0, 50)]
+
+
+def test_no_more_sequences_run_than_allowed_choices_counted():
+    engine, _ = make_engine(max_num_seqs=3)
+    watch = Watch(engine)
+    submit(engine, 1, 3, choices=2)
+    submit(engine, 2, 3, choices=2)
+    submit(engine, 3, 3)
+    run_out(engine)
+    assert max(len(batch.chunks) for batch in watch.batches) <= 3
+    assert {span[0] for spans in watch.spans[:3] for span in spans} == {1}, "nobody overtakes the one that waits"
+
+
+def test_one_prompt_is_computed_once_for_all_choices():
+    engine, _ = make_engine(prefix_caching=False)
+    watch = Watch(engine)
+    submit(engine, 1, 14, max_tokens=3, choices=3)
+    tokens = run_out(engine)
+    prompt_tokens = sum(end - start for spans in watch.spans for _, start, end in spans if start < 14)
+    assert prompt_tokens == 14
+    assert len(tokens) == 9
+    assert engine.counters.copied_blocks == 2, "the last writer of a shared tail needs no copy"
+
+
+def test_a_cached_prefix_is_not_computed_again_but_its_last_position_is():
+    engine, _ = make_engine()
+    submit(engine, 1, 16, max_tokens=1)
+    run_out(engine)
+    watch = Watch(engine)
+    submit(engine, 1, 16, max_tokens=1)
+    run_out(engine)
+    assert watch.spans == [[(1, 12, 16)]]
+    assert engine.counters.cached_tokens == 12
+
+
+def test_the_sequence_that_loses_least_is_preempted():
+    engine, _ = make_engine(num_blocks=8, prefix_caching=False, constant_estimate=1, max_model_len=32)
+    submit(engine, 1, 14, max_tokens=12)
+    submit(engine, 2, 10, max_tokens=12)
+    run_out(engine)
+    assert engine.counters.preemptions == 1
+    assert engine.counters.recomputed_tokens in range(10, 17), "the shorter one, once"
+
+
+def test_maximum_estimate_never_preempts():
+    engine, _ = make_engine(num_blocks=8, length_estimate=LengthEstimate.MAXIMUM, max_model_len=32)
+    for key in range(1, 6):
+        submit(engine, key, 10, max_tokens=12)
+    run_out(engine)
+    assert engine.counters.preemptions == 0
+
+
+def test_the_only_running_sequence_is_never_preempted_for_itself():
+    engine, _ = make_engine(num_blocks=8, max_model_len=32, constant_estimate=1)
+    submit(engine, 1, 10, max_tokens=22)
+    assert len(run_out(engine)) == 22
+    assert engine.counters.preemptions == 0
+
+
+def test_logs_of_forks_that_wait_for_each_others_blocks_come_free():
+    engine, _ = make_engine(num_blocks=6, max_model_len=24, prefix_caching=False, max_num_batched_tokens=24)
+    log = tuple([3] * 10)
+    starts = tuple(ChoiceStart(choice, log) for choice in range(3))
+    engine.match(EngineRequest(1, "r", (1, 2, 3, 4, 5, 6), SamplingParams(max_tokens=12, ignore_eos=True), starts))
+    engine.start_local(1)
+    assert len(run_out(engine)) == 6
+
+
+# ------------------------------------------------------------------ the prefill queue
+
+
+def prefill(engine: Engine, key: int, num_prompt_tokens: int, due: float, credit: int = 1000) -> None:
+    prompt = tuple(1 + (key * 3 + position) % 11 for position in range(num_prompt_tokens))
+    engine.start_prefill(EngineRequest(key, f"r{key}", prompt, SamplingParams()), 0, due)
+    engine.grant_credit(key, credit)
+
+
+def started(engine: Engine, num_steps: int = 1) -> list[int]:
+    events = [event for _ in range(num_steps) for event in engine.step().events]
+    return [event.key for event in events if isinstance(event, PrefillStarting)]
+
+
+def test_prompts_start_by_deadline():
+    engine, _ = make_engine()
+    for key, due in ((1, 9.0), (2, 1.0), (3, 5.0)):
+        prefill(engine, key, 8, due)
+    assert started(engine) == [2, 3, 1]
+
+
+def test_ageing_lets_an_old_prompt_pass_a_more_urgent_newcomer():
+    clock = FakeClock()
+    engine, _ = make_engine(clock, prefill_ageing=1.0, max_held_tokens=16)
+    prefill(engine, 1, 16, due=0.5)
+    prefill(engine, 2, 16, due=10.0)
+    assert started(engine) == [1]
+    clock.now = 6.0
+    prefill(engine, 3, 16, due=8.0)
+    engine.release_transfer(1, ok=True)
+    assert started(engine, 2) == [2], "10 + 0 waited from the start, 8 + 6 came late"
+
+
+def test_a_prompt_without_credit_is_skipped_and_another_runs():
+    engine, _ = make_engine()
+    watch = Watch(engine)
+    prefill(engine, 1, 16, due=1.0, credit=0)
+    prefill(engine, 2, 16, due=2.0)
+    engine.step()
+    assert watch.spans == [[(2, 0, 16)]]
+
+
+def test_chunks_stop_where_credit_ends():
+    engine, _ = make_engine()
+    watch = Watch(engine)
+    prefill(engine, 1, 22, due=1.0, credit=2)
+    engine.step()
+    engine.step()
+    assert watch.spans == [[(1, 0, 8)]], "two blocks of four"
+    engine.grant_credit(1, 3)
+    engine.step()
+    assert watch.spans[1] == [(1, 8, 16)], "20 is no multiple of the chunk size"
+    engine.grant_credit(1, 1)
+    events = engine.step().events
+    assert watch.spans[2] == [(1, 16, 22)]
+    assert [type(event) for event in events] == [BlocksFilled, PrefillDone]
+
+
+def test_published_and_unreleased_tokens_are_capped():
+    engine, _ = make_engine(max_held_tokens=24)
+    for key in (1, 2):
+        prefill(engine, key, 16, due=float(key))
+    assert started(engine, 4) == [1]
+    engine.release_transfer(1, ok=True)
+    assert started(engine) == [2]
+
+
+def test_a_prompt_starts_only_with_its_whole_need_reserved():
+    engine, _ = make_engine(num_blocks=7, max_model_len=28)
+    prefill(engine, 1, 16, due=1.0)
+    prefill(engine, 2, 16, due=2.0)
+    assert started(engine, 5) == [1]
+    engine.release_transfer(1, ok=False)
+    assert started(engine) == [2]
+
+
+# ------------------------------------------------------------------ configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"num_blocks": 0}, "num_blocks"),
+        ({"block_size": 12}, "block_size"),
+        ({"max_num_batched_tokens": 15}, "max_num_batched_tokens"),
+        ({"prefill_ageing": -1.0}, "prefill_ageing"),
+        ({"max_held_tokens": 0}, "max_held_tokens"),
+    ],
+)
+def test_a_configuration_that_cannot_make_progress_is_refused_by_field(changes: dict[str, object], field: str):
+    with pytest.raises(ConfigInvalid) as caught:
+        make_config(**changes)
+    assert caught.value.field == field
+
+
+def test_defaults_are_valid():
+    assert EngineConfig(num_blocks=1).chunk_size == 64
