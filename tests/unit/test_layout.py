@@ -16,8 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
-    "baton", "decode_service", "engine", "gateway", "kvtransfer", "modelfiles", "operator", "prefill_service", "servicekit",
-    "workerkit",
+    "baton", "decode_service", "engine", "gateway", "kvtransfer", "modelfiles", "operator", "prefill_service",
+    "servicekit", "workerkit",
 )  # fmt: skip
 SOURCE_FOLDERS = (*PACKAGES, "tests", "bench", "scripts")
 BANNED_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve"}
@@ -116,8 +116,8 @@ def test_nothing_runs_what_a_file_or_a_peer_says() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "import pickle", "from pickle import loads", "eval('1')", "exec(x)", "import yaml; yaml.load(f)", "torch.load(p)",
-        "from torch import load", "import marshal", "import shelve as s",
+        "import pickle", "from pickle import loads", "eval('1')", "exec(x)", "import yaml; yaml.load(f)",
+        "torch.load(p)", "from torch import load", "import marshal", "import shelve as s",
     ],
 )  # fmt: skip
 def test_the_guard_sees_each_banned_call(source: str) -> None:
