@@ -1,7 +1,7 @@
 """`python -m bench [NAME ...]`: run the benchmarks one after another (default: all), each in a process of its own.
 
-One after another because two cores measure one thing at a time; in processes of their own so that none inherits another's
-threads, caches or peak memory. A benchmark's own options: `python -m bench.NAME --help`.
+One after another because two cores measure one thing at a time; in processes of their own so that none inherits
+another's threads, caches or peak memory. A benchmark's own options: `python -m bench.NAME --help`.
 """
 
 from __future__ import annotations
