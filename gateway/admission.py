@@ -70,8 +70,8 @@ class Admission:
     def admit(self, num_tokens: int, tenant: str) -> Place:
         """Take a place, or refuse at once.
 
-        Raises: TooManyRequests (429) for one key's share, Overloaded (503) for the whole queue. A prompt longer than the
-        token limit is let in when nothing else waits: else it could never run.
+        Raises: TooManyRequests (429) for one key's share, Overloaded (503) for the whole queue. A prompt longer than
+        the token limit is let in when nothing else waits: else it could never run.
         """
         limits = self._limits
         share = limits.max_key_share
@@ -95,7 +95,7 @@ class Admission:
             self._rate.leave(self._clock(), place.num_tokens)
 
     def retry_after_s(self) -> float:
-        """When a quarter of the queue will be gone at the present rate, with jitter so that clients do not return together."""
+        """When a quarter of the queue will be gone at the present rate; jitter keeps clients from returning together."""
         rate = self._rate.tokens_per_s
         wait = 0.25 * self.num_tokens / rate if rate > 0 else 1.0
         return min(RETRY_MAX_S, max(RETRY_MIN_S, wait) * self._rng.uniform(1.0, 1.5))

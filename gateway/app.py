@@ -88,7 +88,7 @@ class Gateway:
         return self.services.metrics
 
     def cut_stalled_clients(self, now: float) -> None:
-        """Drop clients that have not read for 30 s; called each second. The gateway itself always drains its workers."""
+        """Drop clients that have not read for 30 s; called each second. Workers are drained all the while."""
         for response in list(self.live):
             if response.sending_since and now - response.sending_since > CLIENT_STALL_S:
                 self.metrics.disconnects.labels("not_reading").inc()

@@ -12,8 +12,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-import grpc
-
+from gateway import rpc
 from gateway.errors import TokenGap
 from gateway.failover import AttemptEnd, EndKind
 from kvtransfer.protocol import baton_pb2 as pb
@@ -74,7 +73,7 @@ class DecodeConnection:
 
     def __init__(
         self,
-        call: Any,  # grpc.aio.StreamStreamCall: not generic in its stubs
+        call: rpc.Call,
         worker: pb.WorkerInfo,
         load: pb.WorkerLoad,
         metrics: GatewayMetrics,
@@ -139,7 +138,7 @@ class DecodeConnection:
             first = next(iter(done))
             error = first.exception()
             if error is not None:
-                message = _describe(error)
+                message = rpc.describe(error)
             elif isinstance(outcome := first.result(), str):
                 kind, message = EndKind.WORKER_SILENT, outcome
         finally:
@@ -155,10 +154,9 @@ class DecodeConnection:
 
     async def _read(self) -> None:
         read = self._call.read
-        end: Any = grpc.aio.EOF
         while True:
             down = await read()
-            if down is end:
+            if down is rpc.END_OF_STREAM:
                 return
             self._heard_at = self._clock()
             match down.WhichOneof("kind"):
@@ -250,9 +248,3 @@ class DecodeConnection:
     def _send(self, message: pb.GenerateUp) -> None:
         self._outgoing.append(message)
         self._has_outgoing.set()
-
-
-def _describe(error: BaseException) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    return f"{type(error).__name__}: {error}"

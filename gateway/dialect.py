@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
@@ -244,9 +244,9 @@ def parse(kind: type[B], data: Any) -> tuple[B, list[str]]:
 def _explain(error: ValidationError) -> InvalidRequest:
     """The first problem in one sentence."""
     problems = error.errors(include_url=False)
-    field = problems[0]["loc"][:1]
+    top = problems[0]["loc"][:1]
     # of a union's branches, the one that went deepest is the one the client meant
-    problem = max((p for p in problems if p["loc"][:1] == field), key=lambda p: len(p["loc"]))
+    problem = max((p for p in problems if p["loc"][:1] == top), key=lambda p: len(p["loc"]))
     if problem["type"] == "value_error":  # ours: names the field itself
         message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
         return InvalidRequest(message, param=message.split(":")[0].split(".")[0])
@@ -257,7 +257,7 @@ def _explain(error: ValidationError) -> InvalidRequest:
 
 
 def _is_branch(part: int | str) -> bool:
-    """Pydantic names the branch of a union in the error's place ("constrained-str", "list[str]"); clients need no such."""
+    """Pydantic names the branch of a union in the error's place ("constrained-str", "list[str]")."""
     return isinstance(part, str) and (part in ("str", "int") or not part.isidentifier())
 
 
@@ -268,7 +268,7 @@ class ModelLimits:
     max_model_len: int
     vocab_size: int
     eos_token_ids: frozenset[int]
-    defaults: GenerationDefaults = GenerationDefaults()
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
 
 def sampling_of(
@@ -310,13 +310,13 @@ def checked_prompt(body: ChatBody | CompletionBody, token_ids: list[int], limits
     """The prompt's ids, cut where the client asked for it. Raises: InvalidRequest."""
     if body.truncate_prompt_tokens is not None:
         token_ids = token_ids[-body.truncate_prompt_tokens :]
-    field = "messages" if isinstance(body, ChatBody) else "prompt"
+    name = "messages" if isinstance(body, ChatBody) else "prompt"
     if not token_ids:
-        raise InvalidRequest(f"{field}: no tokens; send at least one", param=field)
+        raise InvalidRequest(f"{name}: no tokens; send at least one", param=name)
     largest = max(token_ids)
     if largest >= limits.vocab_size:
         raise InvalidRequest(
-            f"{field}: token id {largest} is not below the vocabulary size {limits.vocab_size}", param=field
+            f"{name}: token id {largest} is not below the vocabulary size {limits.vocab_size}", param=name
         )
     return tuple(token_ids)
 
@@ -324,11 +324,12 @@ def checked_prompt(body: ChatBody | CompletionBody, token_ids: list[int], limits
 def _max_tokens(body: ChatBody | CompletionBody, num_prompt_tokens: int, limits: ModelLimits) -> int:
     room = limits.max_model_len - num_prompt_tokens
     wanted = body.wanted_tokens
-    field = "messages" if isinstance(body, ChatBody) else "prompt"
+    name = "messages" if isinstance(body, ChatBody) else "prompt"
     if room < 1:
         raise InvalidRequest(
-            f"{field}: {num_prompt_tokens} tokens leave no room in the model's maximum of {limits.max_model_len}; shorten it",
-            param=field,
+            f"{name}: {num_prompt_tokens} tokens leave no room in the model's maximum of {limits.max_model_len};"
+            " shorten it",
+            param=name,
         )
     if wanted is None:
         return min(room, limits.defaults.max_new_tokens or room)

@@ -38,7 +38,7 @@ DEATHS = frozenset({EndKind.WORKER_LOST, EndKind.WORKER_SILENT})
 
 @dataclass(frozen=True, slots=True)
 class AttemptEnd:
-    """One attempt's end. `was_accepted` is False where the worker never took it: its death is not the request's doing."""
+    """One attempt's end. `was_accepted` is False where the worker never took it: then its death is not its doing."""
 
     kind: EndKind
     worker_id: str

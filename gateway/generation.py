@@ -30,7 +30,7 @@ class TextRules:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """A validated request for one prompt. `tenant` names the API key's hash; `received_at` is on the gateway's clock."""
+    """A validated request for one prompt. `tenant` is the API key's hash; `received_at` is on the gateway's clock."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]

@@ -8,7 +8,7 @@ gateway's own count since; a worker that is full says so itself (END_OVERLOADED)
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -135,7 +135,7 @@ def _usable(request: RoutingRequest, decode: Sequence[WorkerState]) -> list[Work
     """Workers that may run the request; the first empty step names the reason."""
     if request.only_worker is not None:
         return [worker for worker in decode if worker.worker_id == request.only_worker] or NoRoute.NOT_FOUND
-    steps = (
+    steps: tuple[tuple[NoRoute, Callable[[WorkerState], bool]], ...] = (
         (NoRoute.NO_WORKERS, lambda _: True),
         (NoRoute.DRAINING, lambda w: not w.is_draining),
         (NoRoute.RESERVED, lambda w: not w.is_reserved),

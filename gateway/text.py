@@ -88,5 +88,5 @@ class TextService:
             return await asyncio.wait_for(future, DEADLINE_S)
         except TimeoutError as error:
             raise InvalidRequest(
-                f"the prompt of {num_chars} characters could not be prepared within {DEADLINE_S:g} s; send a shorter one"
+                f"the prompt of {num_chars} characters could not be prepared within {DEADLINE_S:g} s; shorten it"
             ) from error

@@ -31,7 +31,7 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Why a choice ended. `stop` is vLLM's stop_reason: the token id or string that did it, None for the model's EOS."""
+    """Why a choice ended. `stop` is vLLM's stop_reason: the token id or string that did it, None for EOS."""
 
     reason: FinishReason
     stop: int | str | None = None
@@ -117,7 +117,7 @@ class TokenLog:
             self.num_unfinished -= 1
 
     def refine_finish(self, choice: int, finish: Finish) -> None:
-        """Replace the finish that `append` just found: a stop string completed by the same token is the better reason."""
+        """Replace the finish that `append` just found by the stop string that the same token completed."""
         assert self.choices[choice].finish is not None
         self.choices[choice].finish = finish
 

@@ -10,18 +10,16 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-import grpc
-
+from gateway import rpc
 from gateway.connection import DecodeConnection
 from gateway.discovery import Discovery, Hint
 from gateway.router import PrefixRecord, WorkerState
 from kvtransfer.protocol import baton_pb2 as pb
-from kvtransfer.protocol import baton_pb2_grpc as rpc
 
 if TYPE_CHECKING:
     from gateway.generation import Generation
@@ -37,13 +35,6 @@ MAX_FAILED_HELLOS = 3
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 1.0
 FAILURES_UNTIL_SUSPECT = 3
 SUSPECT_MIN_S, SUSPECT_MAX_S = 2.0, 30.0
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-)
 
 
 class Outliers:
@@ -97,7 +88,7 @@ class WorkerPool:
         self.prefixes = PrefixRecord()
         self.metrics = metrics
         self.hello = pb.HelloRequest(protocol_version=PROTOCOL_VERSION, caller_id=caller_id, caller_boot_id=boot_id)
-        self.metadata = (("baton-secret", secret),) if secret else ()
+        self.metadata: rpc.Metadata = (("baton-secret", secret),) if secret else ()
         self.model_id = model_id
         self.deterministic = deterministic
         self._discovery = discovery
@@ -128,7 +119,7 @@ class WorkerPool:
         return [self._state(peer.worker, peer.load, address=peer.address) for peer in self.prefill.values()]
 
     @contextmanager
-    def hold(self, worker_id: str, generation: Generation) -> Iterator[DecodeConnection]:
+    def hold(self, worker_id: str, generation: Generation) -> Generator[DecodeConnection]:
         """Keep a worker for one generation: nothing else is routed to it until this ends."""
         connection = self.connections[worker_id]
         connection.reserved_by = generation
@@ -204,13 +195,13 @@ class WorkerPool:
     async def _run_member(self, hint: Hint) -> None:
         """Stay with one address until it is neither hinted nor alive."""
         backoff = BACKOFF_MIN_S
-        async with grpc.aio.insecure_channel(hint.address, options=CHANNEL_OPTIONS) as channel:
+        async with rpc.open_channel(hint.address) as channel:
             while True:
                 try:
                     reply = await self._say_hello(channel, hint.role)
                     backoff = BACKOFF_MIN_S
                     await self._use(channel, hint, reply)
-                except (grpc.aio.AioRpcError, _Unusable) as error:
+                except (rpc.RpcError, _Unusable) as error:
                     log.info("worker not usable", extra={"address": hint.address, "reason": _reason(error)})
                 except Exception:  # the loop's boundary: a bug with one worker must not lose the others
                     log.exception("worker connection failed", extra={"address": hint.address})
@@ -219,19 +210,18 @@ class WorkerPool:
                 await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
                 backoff = min(BACKOFF_MAX_S, backoff * 2)
 
-    async def _say_hello(self, channel: grpc.aio.Channel, role: pb.Role) -> pb.HelloReply:
+    async def _say_hello(self, channel: rpc.Channel, role: pb.Role) -> pb.HelloReply:
         """Ask the service that the hint names, or both: who are you?"""
-        stubs: list[Any] = [_stub(rpc.DecodeWorkerStub, channel), _stub(rpc.PrefillWorkerStub, channel)]
-        if role == pb.ROLE_PREFILL:
-            stubs.reverse()
-        for number, stub in enumerate(stubs):
-            try:
-                reply = await stub.Hello(self.hello, timeout=HELLO_TIMEOUT_S, metadata=self.metadata)
-                return self._checked(cast("pb.HelloReply", reply))
-            except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNIMPLEMENTED or number:
-                    raise
-        raise AssertionError("unreachable")
+        other = pb.ROLE_DECODE if role == pb.ROLE_PREFILL else pb.ROLE_PREFILL
+        try:
+            return await self._hello(channel, role)
+        except rpc.RpcError as error:
+            if not rpc.is_unimplemented(error):
+                raise
+        return await self._hello(channel, other)
+
+    async def _hello(self, channel: rpc.Channel, role: pb.Role) -> pb.HelloReply:
+        return self._checked(await rpc.say_hello(channel, role, self.hello, self.metadata, HELLO_TIMEOUT_S))
 
     def _checked(self, reply: pb.HelloReply) -> pb.HelloReply:
         worker = reply.worker
@@ -243,18 +233,18 @@ class WorkerPool:
             raise _Unusable("is not deterministic, and this service must be")
         return reply
 
-    async def _use(self, channel: grpc.aio.Channel, hint: Hint, reply: pb.HelloReply) -> None:
+    async def _use(self, channel: rpc.Channel, hint: Hint, reply: pb.HelloReply) -> None:
         if reply.worker.role == pb.ROLE_DECODE:
             await self._use_decode(channel, reply)
         else:
             await self._use_prefill(channel, hint.address, reply)
 
-    async def _use_decode(self, channel: grpc.aio.Channel, reply: pb.HelloReply) -> None:
+    async def _use_decode(self, channel: rpc.Channel, reply: pb.HelloReply) -> None:
         worker = reply.worker
         other = self.connections.get(worker.worker_id)
         if other is not None and other.is_live and other.worker.boot_id == worker.boot_id:
             raise _Unusable("is connected already under another address")
-        call = _stub(rpc.DecodeWorkerStub, channel).Generate(metadata=self.metadata)
+        call = rpc.open_generate(channel, self.metadata)
         connection = DecodeConnection(call, worker, reply.load, self.metrics, self.notify)
         self.connections[worker.worker_id] = connection
         self.notify()
@@ -267,20 +257,19 @@ class WorkerPool:
                 self.prefixes.forget(worker.worker_id)
             self.notify()
 
-    async def _use_prefill(self, channel: grpc.aio.Channel, address: str, reply: pb.HelloReply) -> None:
+    async def _use_prefill(self, channel: rpc.Channel, address: str, reply: pb.HelloReply) -> None:
         """Refresh what is known each second; three failed Hellos in a row, or another boot, end it."""
         peer = PrefillPeer(reply.worker, reply.load, address)
         worker_id = peer.worker.worker_id
         self.prefill[worker_id] = peer
         self.notify()
-        stub = _stub(rpc.PrefillWorkerStub, channel)
         num_failed = 0
         try:
             while True:
                 await asyncio.sleep(HELLO_EVERY_S)
                 try:
-                    reply = self._checked(await stub.Hello(self.hello, timeout=HELLO_TIMEOUT_S, metadata=self.metadata))
-                except grpc.aio.AioRpcError:
+                    reply = await self._hello(channel, pb.ROLE_PREFILL)
+                except rpc.RpcError:
                     num_failed += 1
                     if num_failed >= MAX_FAILED_HELLOS or not self._is_hinted(address):
                         raise
@@ -299,10 +288,5 @@ class _Unusable(Exception):
     """The worker answered, but cannot be used; said in words."""
 
 
-def _stub(kind: Any, channel: grpc.aio.Channel) -> Any:
-    """Generated stubs are untyped; one place says so."""
-    return kind(channel)
-
-
 def _reason(error: Exception) -> str:
-    return error.code().name if isinstance(error, grpc.aio.AioRpcError) else str(error)
+    return str(error) if isinstance(error, _Unusable) else rpc.describe(error)

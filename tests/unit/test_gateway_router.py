@@ -9,6 +9,7 @@ import pytest
 from gateway.router import MAX_CANDIDATES, NoRoute, PrefixRecord, Route, RoutingRequest, WorkerState, route
 
 REQUEST = RoutingRequest(num_prompt_tokens=1000)
+NUMERICS = replace(REQUEST, numerics_fingerprint="N")
 
 
 def worker(name: str, **state: object) -> WorkerState:
@@ -36,7 +37,7 @@ def chosen(decision: Route | NoRoute) -> str:
         ([worker("a", is_suspect=True), worker("b", num_running=30)], REQUEST, "b"),
         ([worker("a"), worker("b")], replace(REQUEST, avoid={"a"}), "b"),
         ([worker("a")], replace(REQUEST, avoid={"a"}), "a"),
-        ([worker("a", numerics_fingerprint="M"), worker("b", num_running=9)], replace(REQUEST, numerics_fingerprint="N"), "b"),
+        ([worker("a", numerics_fingerprint="M"), worker("b", num_running=9)], NUMERICS, "b"),
         ([worker("a", is_reserved=True), worker("b", num_running=9)], REQUEST, "b"),
         ([worker("a", num_running=1), worker("b")], replace(REQUEST, alone=True), "b"),
         ([worker("a"), worker("b", num_running=9)], replace(REQUEST, only_worker="b"), "b"),
