@@ -145,6 +145,17 @@ def test_a_byte_level_tokenizer_survives_gguf_on_every_script(tmp_path: Path, pr
             assert ours.decode(ids, skip_special_tokens=skip) == published.decode(ids, skip_special_tokens=skip)
 
 
+def test_llama3_takes_a_whole_piece_that_no_merge_makes(tmp_path: Path) -> None:
+    """`ignore_merges`: 100,000 pieces of Llama 3 are reached by merges, a few are not."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    for pre, pieces in (("llama-bpe", 1), ("gpt-2", 2)):
+        writer = start(tmp_path / "m.gguf", "gpt2", [*alphabet, "xy", "xyz"], [1] * 258)
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_merges(["x y"])
+        tokenizer = load_tokenizer(finish(writer, tmp_path / "m.gguf"))
+        assert len(tokenizer.encode("xyz").ids) == pieces
+
+
 def test_the_families_really_differ_on_the_corpus(tmp_path: Path) -> None:
     """If they did not, the test above could not fail for a wrong entry of the table."""
     merged = smollm()
