@@ -57,8 +57,8 @@ def _already_counted(
     for table in fixed_tables:
         seen.update(table)
     counted = np.zeros(len(tables), dtype=np.int64)
-    for position, which in enumerate(order.tolist()):
-        table = tables[which]
+    for position, which in enumerate(order):
+        table = tables[int(which)]
         counted[position] = len(seen.intersection(table))
         seen.update(table)
     return counted

@@ -67,8 +67,11 @@ class ScheduledSequence(Sequence):
     is_tail_shared: bool = False  # copy the block of the next position before writing it
     max_computed_tokens: int = 0  # high-water mark: computing below it again is recomputation
 
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return self.sequence_id
 
     @property
     def target(self) -> int:

@@ -11,23 +11,23 @@ Nobody overtakes a request that waits for memory, so none starves. A preempted s
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from engine.admission import ConstantLength, HistoryLength, LengthEstimator, MaximumLength, future_peak
+from engine.admission import ConstantLength, HistoryLength, LengthEstimator, MaximumLength
 from engine.batch import Batch, Chunk
 from engine.config import EngineConfig, LengthEstimate
+from engine.forecast import Forecast, Holders
 from engine.group import Group, Phase, ScheduledSequence
 from engine.messages import EngineCounters
 from engine.policy import make_policy
+from engine.queues import PromptQueue, WaitingQueue
 from engine.sequence_memory import SequenceMemory
 
 # Steps until a refused request is looked at again when nobody ended meanwhile: estimates drift, memory does not grow
 # by itself.
 RETRY_STEPS = 8
+# Steps for which a promised prompt waits for running sequences to end before they are preempted for it.
+RESERVE_PATIENCE_STEPS = 32
 # Prompts that may be reserved while their decode worker has not granted credit: enough to hide a round trip.
 MAX_UNCREDITED_PROMPTS = 8
 
@@ -76,43 +76,36 @@ class Scheduler:
     """Holds the queues and the running sequences; plans steps and gives out memory."""
 
     def __init__(self, config: EngineConfig, memory: SequenceMemory, counters: EngineCounters) -> None:
-        self.decoding: dict[int, ScheduledSequence] = {}
-        self.prefilling: dict[int, ScheduledSequence] = {}  # local prompts and logs that are begun
-        self.remote: dict[int, Group] = {}  # promised, reserving or filling, by key
-        self.transfers: dict[int, Group] = {}  # prompts being prefilled for others, by key
-        self.pinned: dict[int, list[int]] = {}  # blocks that a transfer owns, by key; may outlive the request
+        holders = Holders()
+        self.decoding = holders.decoding
+        self.prefilling = holders.prefilling  # local prompts and logs that are begun
+        self.remote = holders.remote  # promised, reserving or filling, by key
+        self.transfers = holders.transfers  # prompts being prefilled for others, by key
+        self.pinned = holders.pinned  # blocks that a transfer owns, by key; may outlive the request
         self.estimator = make_estimator(config)
         self._config = config
         self._memory = memory
         self._pool = memory.pool
         self._counters = counters
         self._policy = make_policy(config)
-        self._waiting: dict[int, ScheduledSequence] = {}
-        self._local_queue: list[tuple[int, int, int]] = []
-        self._promise_queue: list[tuple[int, int, int]] = []
-        self._prompt_queue: list[tuple[float, int, int]] = []
-        self._prompts: dict[int, Group] = {}
+        self._holders = holders
+        self._forecast = Forecast(holders, memory, self.estimator)
+        self._waiting = WaitingQueue()
+        self._prompts = PromptQueue(config.prefill_ageing)
         self._reserving: dict[int, Group] = {}
+        self._num_reserve_refusals = 0
         self._refused_for = 0
 
     # ---------------------------------------------------------------- queues
 
     def enqueue(self, sequence: ScheduledSequence) -> None:
         """Queue the leader of a new request, or a preempted sequence, at its place by arrival."""
-        group = sequence.group
-        queue = self._promise_queue if group.phase is Phase.PROMISE_QUEUED else self._local_queue
-        heapq.heappush(queue, (group.arrival, sequence.choice, sequence.sequence_id))
-        self._waiting[sequence.sequence_id] = sequence
+        self._waiting.push(sequence)
         self.note_change()
 
     def enqueue_prompt(self, group: Group) -> None:
-        """Queue a prompt for a transfer. By deadline with ageing: who waits gains `prefill_ageing` seconds per second.
-
-        All gain at the same rate, so the order never changes and a heap keeps it.
-        """
-        urgency = group.due + self._config.prefill_ageing * group.arrived_at
-        heapq.heappush(self._prompt_queue, (urgency, group.arrival, group.key))
-        self._prompts[group.key] = group
+        """Queue a prompt for a transfer."""
+        self._prompts.push(group)
 
     def join(self, sequence: ScheduledSequence) -> None:
         """Let a sequence run on: it decodes, or still has a log to compute."""
@@ -131,15 +124,15 @@ class Scheduler:
         for name in ("block_table", "num_computed_tokens", "num_filled_blocks", "num_slots", "links"):
             setattr(heir, name, getattr(leader, name))
         leader.block_table = []
-        for running in (self.prefilling, self._waiting):
-            if running.pop(leader.sequence_id, None) is not None:
-                running[heir.sequence_id] = heir
-        if heir.sequence_id in self._waiting:
+        if self.prefilling.pop(leader.sequence_id, None) is not None:
+            self.prefilling[heir.sequence_id] = heir
+        if leader in self._waiting:
+            self._waiting.discard(leader)
             self.enqueue(heir)
 
     def remove(self, sequence: ScheduledSequence) -> None:
         """Take a sequence out of every queue and give its blocks back."""
-        self._waiting.pop(sequence.sequence_id, None)
+        self._waiting.discard(sequence)
         self.decoding.pop(sequence.sequence_id, None)
         self.prefilling.pop(sequence.sequence_id, None)
         self._memory.drop(sequence)
@@ -147,8 +140,9 @@ class Scheduler:
 
     def remove_group(self, group: Group) -> None:
         """Forget a request whose sequences are removed."""
-        for groups in (self.remote, self.transfers, self._prompts, self._reserving):
+        for groups in (self.remote, self.transfers, self._reserving):
             groups.pop(group.key, None)
+        self._prompts.discard(group)
         self.note_change()
 
     def note_change(self) -> None:
@@ -175,8 +169,8 @@ class Scheduler:
     @property
     def num_waiting_tokens(self) -> int:
         """Tokens yet to be computed before everyone here decodes."""
-        begun = (*self._waiting.values(), *self.prefilling.values())
-        leaders = [group.leader for group in (*self._prompts.values(), *self.transfers.values())]
+        begun = (*self._waiting.sequences, *self.prefilling.values())
+        leaders = [group.leader for group in (*self._prompts.groups, *self.transfers.values())]
         return sum(sequence.target - sequence.num_computed_tokens for sequence in (*begun, *leaders))
 
     @property
@@ -193,15 +187,16 @@ class Scheduler:
     def plan(self) -> Plan:
         """Decide one step and give out the memory it needs."""
         plan = Plan(self._config.max_num_batched_tokens)
+        if self._num_reserve_refusals > RESERVE_PATIENCE_STEPS:
+            self._preempt_one()
         if self.decoding:
             self._plan_decodes(plan)
-        if self._reserving:
-            self._plan_reservations(plan)
+        self._plan_reservations(plan)
         for sequence in tuple(self.prefilling.values()):
             self._plan_prompt(plan, sequence, sequence.target)
         if self._prompts:
             self._start_prompts(plan)
-        for group in sorted(self.transfers.values(), key=self._urgency):
+        for group in sorted(self.transfers.values(), key=self._prompts.urgency):
             self._plan_prompt(plan, group.leader, self._credited_end(group))
         if self._waiting:
             self._admit(plan)
@@ -296,18 +291,18 @@ class Scheduler:
         self.note_change()
 
     def _plan_reservations(self, plan: Plan) -> None:
+        """Promises fit beside each other: what is missing is held by running sequences that outgrew their estimate.
+
+        They may end soon; after a while they are preempted, one a step, before the prefill worker loses patience.
+        """
         for group in tuple(self._reserving.values()):
             if not self.try_reserve(group):
-                # Promises fit beside each other, so what is missing is held by running sequences that outgrew their
-                # estimate; decodes of this step have their blocks already, so one is dropped at the start of a later
-                # step.
-                break
+                self._num_reserve_refusals += 1
+                return
             plan.reserved.append(group)
+        self._num_reserve_refusals = 0
 
     # ---------------------------------------------------------------- prompts for transfers
-
-    def _urgency(self, group: Group) -> tuple[float, int]:
-        return group.due + self._config.prefill_ageing * group.arrived_at, group.arrival
 
     def _credited_end(self, group: Group) -> int:
         """How far credit lets a prompt go: it must cover the blocks that a chunk completes, at the end the tail too."""
@@ -318,15 +313,8 @@ class Scheduler:
 
     def _start_prompts(self, plan: Plan) -> None:
         """Reserve whole prompts in order of urgency, a little ahead of what the next steps compute."""
-        while self._prompt_queue:
-            group = self._prompts.get(self._prompt_queue[0][2])
-            if group is None or group.arrival != self._prompt_queue[0][1]:
-                heapq.heappop(self._prompt_queue)
-                continue
-            if not self._may_start(group):
-                return
-            heapq.heappop(self._prompt_queue)
-            del self._prompts[group.key]
+        while (group := self._prompts.most_urgent()) is not None and self._may_start(group):
+            self._prompts.discard(group)
             self._start_prompt(group)
             plan.started.append(group)
 
@@ -344,9 +332,8 @@ class Scheduler:
         num_blocks = self._memory.blocks_for(num_prompt_tokens)
         if self._memory.num_missing(matched, num_blocks) > self._pool.num_available:
             return False
-        return (not self.decoding and not self.prefilling and not self.remote) or self._peak(
-            num_blocks, matched
-        ) <= self._capacity
+        is_alone = not self.decoding and not self.prefilling and not self.remote
+        return is_alone or self._forecast.peak_with_fixed(num_blocks, matched) <= self._pool.num_blocks
 
     def _start_prompt(self, group: Group) -> None:
         leader = group.leader
@@ -361,14 +348,14 @@ class Scheduler:
         if self._refused_for > 0:
             self._refused_for -= 1
             return
-        while (sequence := self._next_waiting(plan)) is not None:
+        while (sequence := self._waiting.oldest(has_budget=plan.budget > 0)) is not None:
             is_promise = sequence.group.phase is Phase.PROMISE_QUEUED  # then the log is not part of it
             target = sequence.num_prompt_tokens if is_promise else sequence.target
             matched = self._memory.match(sequence, target)
             if not self._fits(sequence, matched):
                 self._refused_for = RETRY_STEPS
                 return
-            del self._waiting[sequence.sequence_id]
+            self._waiting.discard(sequence)
             self._memory.take_prefix(sequence, matched)
             if is_promise:
                 self._promise(sequence.group, len(matched))
@@ -379,109 +366,23 @@ class Scheduler:
                 plan.admitted.append(sequence)
                 self._plan_prompt(plan, sequence, sequence.target)
 
-    def _next_waiting(self, plan: Plan) -> ScheduledSequence | None:
-        """The oldest that waits; a promise costs no tokens and passes local ones that wait for budget only."""
-        local, promise = self._head(self._local_queue), self._head(self._promise_queue)
-        if local is not None and plan.budget <= 0:
-            local = None
-        if local is None or promise is None:
-            return local or promise
-        return local if local.group.arrival < promise.group.arrival else promise
-
-    def _head(self, queue: list[tuple[int, int, int]]) -> ScheduledSequence | None:
-        while queue:
-            sequence = self._waiting.get(queue[0][2])
-            is_promise = sequence is not None and sequence.group.phase is Phase.PROMISE_QUEUED
-            if sequence is not None and is_promise == (queue is self._promise_queue):
-                return sequence
-            heapq.heappop(queue)  # cancelled, admitted, or queued anew elsewhere
-        return None
-
     def _promise(self, group: Group, num_held_blocks: int) -> None:
         group.num_held_blocks = num_held_blocks
-        group.fixed_blocks = self._final_blocks(group.sequences.values())
+        group.fixed_blocks = self._forecast.final_blocks([*group.sequences.values()])
         self.remote[group.key] = group
 
-    @property
-    def _capacity(self) -> int:
-        return self._pool.num_blocks
-
-    @property
-    def _num_seats_taken(self) -> int:
-        forks = sum(len(sequence.forks) for sequence in self.prefilling.values())
-        return (
-            len(self.decoding)
-            + len(self.prefilling)
-            + forks
-            + sum(len(each.sequences) for each in self.remote.values())
-        )
-
     def _fits(self, sequence: ScheduledSequence, matched: list[int]) -> bool:
-        joining = [sequence, *sequence.forks]
-        if self._num_seats_taken + len(joining) > self._config.max_num_seqs:
+        choices = [sequence, *sequence.forks]
+        if self._holders.num_seats_taken + len(choices) > self._config.max_num_seqs:
             return False
         is_promise = sequence.group.phase is Phase.PROMISE_QUEUED
         num_blocks = self._memory.blocks_for(sequence.target)
         if not is_promise and self._memory.num_missing(matched, num_blocks) > self._pool.num_available:
             return False
-        if not self.decoding and not self.prefilling and not self.remote and not self.transfers and not self.pinned:
+        if not self._holders.is_anyone:
             return True  # alone: validation made sure that it can end
         if is_promise:
-            return self._peak(self._final_blocks(joining), matched) <= self._capacity
-        return self._peak(0, (), joining, matched) <= self._capacity
-
-    def _remaining(self, sequences: list[ScheduledSequence]) -> np.ndarray:
-        """Steps each sequence is guessed to live after the one that draws its next token."""
-        drawn = np.array([len(each.token_ids) - each.num_prompt_tokens for each in sequences], dtype=np.int64)
-        maxima = np.array([each.max_output_tokens for each in sequences], dtype=np.int64)
-        quantiles = np.array([each.length_quantile for each in sequences])
-        return self.estimator.remaining(drawn, maxima, quantiles) - 1
-
-    def _final_blocks(self, sequences: Iterable[ScheduledSequence]) -> int:
-        """Blocks of a request at its guessed end, its choices sharing the prompt's full blocks."""
-        members = list(sequences)
-        shared = members[0].num_prompt_tokens // self._memory.block_size
-        lengths = [
-            len(each.token_ids) + int(left) for each, left in zip(members, self._remaining(members), strict=True)
-        ]
-        return sum(self._memory.blocks_for(length) - shared for length in lengths) + shared
-
-    def _peak(
-        self,
-        extra_fixed: int,
-        extra_table: Iterable[int],
-        joining: list[ScheduledSequence] | None = None,
-        matched: list[int] | None = None,
-    ) -> int:
-        """The future peak if `joining` (holding `matched`) ran too, or if `extra_fixed` blocks were held throughout."""
-        fixed_tables = [group.leader.block_table for group in self.remote.values()]
-        fixed = sum(group.fixed_blocks for group in self.remote.values()) + extra_fixed
-        for group in self.transfers.values():
-            fixed_tables.append(group.leader.block_table)
-            fixed += len(group.leader.block_table)
-        for blocks in self.pinned.values():
-            fixed_tables.append(blocks)
-            fixed += len(blocks)
-        fixed_tables.append(list(extra_table))
-        distinct = set[int]().union(*fixed_tables)
-        fixed -= sum(map(len, fixed_tables)) - len(distinct)
-
-        running = [*self.decoding.values()]
-        tables = [each.block_table for each in running]
-        for leader in self.prefilling.values():
-            shared = leader.block_table[: leader.num_prompt_tokens // self._memory.block_size]
-            running += [leader, *leader.forks]
-            tables += [leader.block_table, *[shared] * len(leader.forks)]
-        if joining:
-            held = list(matched or ())
-            # Blocks of the prompt that do not exist yet have negative names, the same for all choices.
-            held += range(-1, len(held) - 1 - joining[0].num_prompt_tokens // self._memory.block_size, -1)
-            running += joining
-            tables += [held] * len(joining)
-        if not running:
-            return fixed
-        num_tokens = np.array([len(each.token_ids) for each in running], dtype=np.int64)
-        is_shared = self._pool.num_shared > 0 or bool(distinct) or bool(matched) or bool(joining and len(joining) > 1)
-        shared_tables = tables if is_shared else None
-        remaining = self._remaining(running)
-        return future_peak(num_tokens, remaining, shared_tables, self._memory.block_size, fixed, [list(distinct)])
+            peak = self._forecast.peak_with_fixed(self._forecast.final_blocks(choices), matched)
+        else:
+            peak = self._forecast.peak_with_running(choices, matched)
+        return peak <= self._pool.num_blocks

@@ -32,7 +32,7 @@ class SequenceMemory:
         return self.cache.match(sequence.links[:limit])
 
     def num_missing(self, matched: list[int], num_blocks: int) -> int:
-        """What a table of `num_blocks` starting with `matched` takes of what is available: new blocks, and revived ones."""
+        """Of the available blocks, how many a table starting with `matched` takes: new ones, and revived ones."""
         owners = self.pool.is_owned
         return num_blocks - sum(owners(block) for block in matched)
 

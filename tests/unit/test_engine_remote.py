@@ -111,6 +111,25 @@ def test_running_sequences_that_outgrew_their_estimate_delay_a_reservation_but_n
     assert remote.finished == {0}
 
 
+def test_a_long_running_sequence_is_preempted_for_a_promise_that_waited():
+    world = World({"num_blocks": 24, "constant_estimate": 1, "max_model_len": 96, "prefix_caching": False})
+    local = world.add(prompt_of(8), SamplingParams(max_tokens=80, ignore_eos=True))
+    world.step_decode()
+    remote = world.add(prompt_of(60, 3), SAMPLING, remote=True)
+    for _ in range(36):
+        world.step_decode()
+    world.step_prefill()
+    assert remote.transfer is not None
+    assert remote.transfer.destinations is None
+    for _ in range(34):
+        world.step_decode()
+    assert remote.transfer.destinations is not None
+    assert len(local.logs[0]) < 80
+    assert world.decode.counters.preemptions == 1
+    world.settle()
+    assert local.finished == remote.finished == {0}
+
+
 def test_a_running_sequence_stalls_while_a_filling_one_holds_the_memory():
     world = World({"num_blocks": 12, "constant_estimate": 1, "max_model_len": 44, "prefix_caching": False})
     local = world.add(prompt_of(8), SamplingParams(max_tokens=30, ignore_eos=True))
