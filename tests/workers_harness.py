@@ -6,6 +6,7 @@ Everything between the gRPC ports is real: services, engines on their threads, k
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import mmap
 import os
@@ -14,7 +15,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grpc.aio
 import numpy as np
@@ -25,6 +26,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.fake_runner import FakeRunner
 from engine.worker import OnProgress, Replica, ReplicaIdentity, ReplicaSpec, layout_fingerprint
+from kvtransfer.liveness import HEARTBEAT_INTERVAL_S
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.protocol import baton_pb2_grpc as stubs
 from prefill_service import worker as prefill_worker_module
@@ -205,7 +207,7 @@ class GatewayEnd:
         self._keys = itertools.count(1)
         self._answers: dict[int, Answer] = {}
         self.loads: list[pb.WorkerLoad] = []
-        self._reader = asyncio.create_task(self._read())
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._beat())]
 
     async def start(
         self,
@@ -255,9 +257,20 @@ class GatewayEnd:
     async def leave(self) -> None:
         """Cut the stream as a killed gateway does."""
         self._call.cancel()
-        await asyncio.gather(self._reader, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            await self._call.write(pb.GenerateUp(heartbeat=pb.Heartbeat()))
 
     async def _read(self) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError):  # a worker that was killed
+            await self._read_all()
+
+    async def _read_all(self) -> None:
         async for message in self._call:
             match message.WhichOneof("kind"):
                 case "accepted":
@@ -279,10 +292,15 @@ class GatewayEnd:
         answer.tokens[token.choice].append(token)
 
 
+class HasAddress(Protocol):
+    @property
+    def address(self) -> str: ...
+
+
 @asynccontextmanager
-async def gateway_to(worker: RunningWorker, secret: str = SECRET) -> AsyncGenerator[GatewayEnd]:
+async def gateway_to(worker: HasAddress) -> AsyncGenerator[GatewayEnd]:
     async with grpc.aio.insecure_channel(worker.address) as channel:
-        call = stubs.DecodeWorkerStub(channel).Generate(metadata=(("baton-secret", secret),))
+        call = stubs.DecodeWorkerStub(channel).Generate(metadata=(("baton-secret", SECRET),))
         gateway = GatewayEnd(call)
         try:
             yield gateway

@@ -219,16 +219,17 @@ class WorkerProcess:
             self.health.stalled = watch.observe(time.monotonic(), load.step_counter, num_pending, load.predicted_step_s)
 
 
-def run_process(
-    serve: Callable[[WorkerProcess], Coroutine[Any, Any, int]], config: WorkerConfig, role: pb.Role
-) -> None:
+Serve = Callable[[WorkerProcess], Coroutine[Any, Any, int]]
+
+
+def run_process(serve: Serve, config: WorkerConfig, role: pb.Role, load: Loader = load_replica) -> None:
     """Logs, the parent's pipe, signals, the loop; then exit at once, whatever threads still run."""
     logs.setup(config.log_level, config.log_format, config.worker_id)
     lifecycle.watch_parent(config.parent_fd)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     async def main() -> int:
-        process = WorkerProcess(config, role)
+        process = WorkerProcess(config, role, load)
         process.drain_signal.install()
         return await serve(process)
 

@@ -1,0 +1,199 @@
+"""Workers as processes: `kill -9` at every stage of a hand-over, the end with the parent, the registry file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kvtransfer.protocol import baton_pb2 as pb
+from tests.workers_harness import FakeModel, Workers, gateway_to, until
+
+ROOT = Path(__file__).parents[2]
+LOCAL = pb.DISAGGREGATION_NEVER
+PROMPT = [3 + i * i % 50 for i in range(60)]
+
+
+@dataclass
+class Process:
+    """A worker process and what it wrote about itself."""
+
+    popen: subprocess.Popen[bytes]
+    registry_file: Path
+
+    @property
+    def entry(self) -> dict[str, str]:
+        return json.loads(self.registry_file.read_bytes())
+
+    @property
+    def address(self) -> str:
+        return self.entry["address"]
+
+    @property
+    def candidate(self) -> pb.PrefillCandidate:
+        boot_id = bytes.fromhex(self.entry["boot_id"])
+        return pb.PrefillCandidate(worker_id=self.entry["worker_id"], address=self.entry["address"], boot_id=boot_id)
+
+    async def ended(self) -> int:
+        await until(lambda: self.popen.poll() is not None)
+        return self.popen.returncode
+
+    def probe(self, path: str) -> int:
+        try:
+            with urllib.request.urlopen(f"http://{self.entry['http']}{path}", timeout=5) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+
+class Processes:
+    """Starts processes and leaves none."""
+
+    def __init__(self, folder: Path, secret_file: Path) -> None:
+        self._folder = folder
+        self._secret_file = secret_file
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    async def start(self, *command: str, flags: tuple[str, ...] = (), pass_fds: tuple[int, ...] = ()) -> Process:
+        """`command` is what follows `python -m`; returns once the worker has announced itself."""
+        worker_id = f"process{len(self._started)}"
+        common = [
+            "--worker-id",
+            worker_id,
+            "--secret-file",
+            str(self._secret_file),
+            "--registry-dir",
+            str(self._folder),
+        ]
+        popen = subprocess.Popen(  # noqa: ASYNC220  forking takes milliseconds
+            [sys.executable, "-m", *command, *common, *flags],
+            cwd=ROOT,
+            env=os.environ | {"BATON_ALLOW_FAILPOINTS": "1"},
+            pass_fds=pass_fds,
+        )
+        self._started.append(popen)
+        process = Process(popen, self._folder / f"{worker_id}.json")
+        await until(lambda: process.registry_file.exists() or popen.poll() is not None)
+        assert popen.poll() is None, f"{command} ended with {popen.returncode}"
+        return process
+
+    def close(self) -> None:
+        for popen in self._started:
+            popen.kill()
+            popen.wait(10)
+
+
+@pytest.fixture
+async def workers(tmp_path: Path) -> AsyncGenerator[Workers]:
+    workers = Workers(tmp_path)
+    yield workers
+    await workers.aclose()
+
+
+@pytest.fixture
+def processes(tmp_path: Path, workers: Workers) -> Iterator[Processes]:
+    processes = Processes(tmp_path / "registry", workers.secret_file)
+    yield processes
+    processes.close()
+
+
+FAKE = ("--model", ".")
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+@pytest.mark.parametrize(
+    "point",
+    ["kill-after-chunk=1", "kill-after-chunk=2", "kill-after-block-published=1", "kill-after-block-published=9",
+     "kill-after-prefill-done=1"],
+)  # fmt: skip
+async def test_a_prefill_worker_killed_at_any_stage_costs_no_token_and_no_block(
+    workers: Workers, processes: Processes, point: str, transport: str
+) -> None:
+    victim = await processes.start("tests.fake_worker", "prefill", *FAKE, flags=("--failpoints", point))
+    good, d = await workers.prefill(), await workers.decode(transports=(transport,))
+    async with gateway_to(d) as gateway:
+        local = await gateway.ask(PROMPT, disaggregation=LOCAL, salt=b"l", logs=((), ()))
+        answer = await gateway.ask(PROMPT, [victim.candidate, good.candidate], logs=((), ()))
+        stats = (await answer.end()).stats
+        assert await victim.ended() == -signal.SIGKILL
+        assert answer.ids == local.ids
+        if point != "kill-after-prefill-done=1":  # whose manifest may just have arrived in time
+            assert stats.prefill_worker_id == good.process.config.worker_id
+        alone = await gateway.ask(PROMPT, [victim.candidate], logs=((), ()), salt=b"x")
+        assert (await alone.end()).stats.prefill_path == "local"
+        assert alone.ids == local.ids
+    await d.at_baseline()
+    await good.at_baseline()
+
+
+@pytest.mark.parametrize("point", ["kill-after-block-pulled=1", "kill-after-block-pulled=7", "kill-after-token=1"])
+async def test_a_decode_worker_killed_at_any_stage_leaves_no_block_pinned_at_its_prefill_worker(
+    workers: Workers, processes: Processes, point: str
+) -> None:
+    p = await workers.prefill(FakeModel(step_s=0.01))
+    victim = await processes.start("tests.fake_worker", "decode", *FAKE, flags=("--failpoints", point))
+    async with gateway_to(victim) as gateway:
+        await gateway.start(PROMPT, [p.candidate])
+        assert await victim.ended() == -signal.SIGKILL
+    await p.at_baseline()
+
+
+async def test_sigterm_removes_the_registry_file_and_ends_with_status_0(processes: Processes) -> None:
+    worker = await processes.start("tests.fake_worker", "decode", *FAKE)
+    assert await asyncio.to_thread(worker.probe, "/readyz") == 200
+    assert await asyncio.to_thread(worker.probe, "/metrics") == 200
+    worker.popen.send_signal(signal.SIGTERM)
+    assert await worker.ended() == 0
+    assert not worker.registry_file.exists()
+
+
+async def test_a_worker_ends_when_its_parents_pipe_closes(processes: Processes) -> None:
+    read_end, write_end = os.pipe()
+    worker = await processes.start(
+        "tests.fake_worker", "prefill", *FAKE, flags=("--parent-fd", str(read_end)), pass_fds=(read_end,)
+    )
+    os.close(read_end)
+    os.close(write_end)
+    assert await worker.ended() == 75
+
+
+def test_failpoints_are_refused_where_they_are_not_allowed(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s")
+    environment = {key: value for key, value in os.environ.items() if key != "BATON_ALLOW_FAILPOINTS"}
+    refused = subprocess.run(
+        [sys.executable, "-m", "prefill_service", "--model", ".", "--worker-id", "p", "--log-format", "text",
+         "--secret-file", str(tmp_path / "secret"), "--failpoints", "kill-after-token=1"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert "BATON_ALLOW_FAILPOINTS=1" in refused.stderr
+
+
+async def test_two_processes_with_a_real_model_give_bitwise_the_tokens_of_one(
+    processes: Processes, tiny_llama: Path
+) -> None:
+    flags = ("--model", str(tiny_llama), "--deterministic", "--threads", "1", "--kv-memory", "16MiB")
+    p = await processes.start("prefill_service", flags=flags)
+    d = await processes.start("decode_service", flags=flags)
+    async with gateway_to(d) as gateway:
+        for length in (1, 15, 16, 17, 100, 300):
+            prompt = [3 + (i * 7 + length) % 250 for i in range(length)]
+            how = {"logs": ((), ()), "max_tokens": 24, "num_logprobs": 3}
+            local = await gateway.ask(prompt, disaggregation=LOCAL, salt=b"l", **how)
+            remote = await gateway.ask(prompt, [p.candidate], salt=b"r", **how)
+            assert (await remote.end()).stats.prefill_path == "remote"
+            assert remote.ids == local.ids
+            assert [t.logprob for t in remote.tokens[1]] == [t.logprob for t in local.tokens[1]]
+            logs = [remote.ids[0][:7], remote.ids[1][:11]]
+            replay = await gateway.ask(prompt, [p.candidate], salt=b"again", **how | {"logs": logs})
+            assert replay.ids == {0: local.ids[0][7:], 1: local.ids[1][11:]}
