@@ -10,6 +10,8 @@ VENV=.venv
 STAMP=$VENV/.baton-stamp
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/baton
 EXTRAS=worker,dev
+QUIET=--quiet
+[ -t 2 ] && QUIET= # somebody is watching: show how far it is
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
@@ -48,7 +50,7 @@ find_uv() {
 install_with_uv() {
     local uv=$1 python=$2
     "$uv" venv --quiet --clear --python "${python:->=3.11}" "$VENV" &&
-        "$uv" pip install --quiet --python "$VENV/bin/python" -e ".[$EXTRAS]"
+        "$uv" pip install $QUIET --python "$VENV/bin/python" -e ".[$EXTRAS]"
 }
 
 install_with_pip() {
@@ -57,7 +59,7 @@ install_with_pip() {
         say "Python 3.11 or newer is needed, and uv, which could bring one, cannot be had. Install Python, then try again."
         return 1
     fi
-    "$python" -m venv --clear "$VENV" && "$VENV/bin/python" -m pip install --quiet -e ".[$EXTRAS]"
+    "$python" -m venv --clear "$VENV" && "$VENV/bin/python" -m pip install $QUIET -e ".[$EXTRAS]"
 }
 
 # The engine's CPU kernels are compiled at first use. Without any compiler the product runs on torch's operators, slower.

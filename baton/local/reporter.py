@@ -93,12 +93,15 @@ def banner(ready: Ready) -> str:
     """What a newcomer can do now, to be copied."""
     header = ' -H "Authorization: Bearer $API_KEY"' if ready.needs_api_key else ""
     key = 'os.environ["API_KEY"]' if ready.needs_api_key else '"none"'
-    request_ms = ready.first_token.seconds * 1e3
+    first = "not measured: the keys file holds digests only"
+    if ready.first_token is not None:
+        request_ms = ready.first_token.seconds * 1e3
+        first = f"{ready.seconds_to_first_token:.1f} s, the request's part {request_ms:.0f} ms"
     message = '[{"role": "user", "content": "Hello!"}]'
     body = f'{{"model": "{ready.model_id}", "stream": true, "messages": {message}}}'
     return f"""
 {ready.model_id} answers at {ready.url}, ready after {ready.seconds_to_ready:.1f} s
-time to first streamed token: {ready.seconds_to_first_token:.1f} s, the request's part {request_ms:.0f} ms
+time to first streamed token: {first}
 
   curl -N {ready.url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\
     -d '{body}'

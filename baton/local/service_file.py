@@ -23,7 +23,10 @@ def load_service(file: Path | None, port: int | None) -> LLMService:
     gateway = service.spec.gateway
     changes: dict[str, object] = {} if port is None else {"port": port}
     if gateway.api_keys_file is not None and file is not None:
-        changes["api_keys_file"] = str((file.parent / gateway.api_keys_file).resolve())
+        keys = (file.parent / gateway.api_keys_file).resolve()
+        if not keys.is_file():
+            raise ServiceFileError(f"{file}: spec.gateway.apiKeysFile = {gateway.api_keys_file!r}: there is no {keys}")
+        changes["api_keys_file"] = str(keys)
     if not changes:
         return service
     spec = service.spec.model_copy(update={"gateway": gateway.model_copy(update=changes)})

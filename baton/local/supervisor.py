@@ -57,7 +57,7 @@ class Ready:
     model_id: str
     seconds_to_ready: float
     seconds_to_first_token: float
-    first_token: FirstToken
+    first_token: FirstToken | None  # None: no key at hand to ask for one
     needs_api_key: bool
 
 
@@ -119,13 +119,7 @@ class Supervisor:
                 self._fail_if_hopeless()
                 await asyncio.sleep(0.05)
         seconds_to_ready = time.monotonic() - self._started_at
-        token = await asyncio.to_thread(
-            stream_first_token,
-            self._gateway_address,
-            self._model.model_id,
-            self._api_key(),
-            timeout_s=FIRST_TOKEN_TIMEOUT_S,
-        )
+        token = await asyncio.to_thread(self._first_token)
         self._state = "ready"
         self._reporter.ready(
             Ready(
@@ -334,12 +328,13 @@ class Supervisor:
                     f"or spec.gateway.port"
                 ) from error
 
-    def _api_key(self) -> str | None:
+    def _first_token(self) -> FirstToken | None:
+        """A real request's first token; None where the keys file holds only digests of keys, so that we have none."""
         path = self._service.spec.gateway.api_keys_file
-        if path is None:
+        key = _first_plain_key(Path(path).read_text()) if path else None
+        if path and key is None:
             return None
-        lines = (line.strip() for line in Path(path).read_text().splitlines())
-        return next((line for line in lines if line and not line.startswith("#")), None)
+        return stream_first_token(self._gateway_address, self._model.model_id, key, timeout_s=FIRST_TOKEN_TIMEOUT_S)
 
     @property
     def _gateway_address(self) -> str:
@@ -359,6 +354,11 @@ class Supervisor:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
         environment.pop(RUN_ID_VARIABLE, None)
         return environment | ({RUN_ID_VARIABLE: self._run_id} if is_of_run else {})
+
+
+def _first_plain_key(text: str) -> str | None:
+    lines = (line.strip() for line in text.splitlines())
+    return next((line for line in lines if line and not line.startswith(("#", "sha256:"))), None)
 
 
 def _index_of(spec: ProcessSpec) -> int:

@@ -108,6 +108,10 @@ def test_the_banner_has_an_authorization_header_only_where_keys_are_needed() -> 
     )
 
 
+def test_the_banner_says_why_there_is_no_first_token() -> None:
+    assert "holds digests only" in banner(Ready("http://h", "tiny", 3.0, 3.2, None, needs_api_key=True))
+
+
 def test_no_file_means_the_default_service_with_the_port_of_the_command_line() -> None:
     service = load_service(None, 9001)
     assert service.spec.model.source == "smollm2"
@@ -117,6 +121,9 @@ def test_no_file_means_the_default_service_with_the_port_of_the_command_line() -
 def test_paths_in_the_file_are_relative_to_it(tmp_path: Path) -> None:
     file = tmp_path / "chat.yaml"
     file.write_text("apiVersion: serving.baton.dev/v1alpha1\nkind: LLMService\nspec: {gateway: {apiKeysFile: keys}}\n")
+    with pytest.raises(ServiceFileError, match=r"apiKeysFile = 'keys': there is no .*keys"):
+        load_service(file, None)
+    (tmp_path / "keys").touch()
     assert load_service(file, None).spec.gateway.api_keys_file == str(tmp_path / "keys")
 
 
