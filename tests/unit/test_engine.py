@@ -96,6 +96,14 @@ def test_min_tokens_lets_early_stops_pass():
     assert said(events) == output[: len(said(events))]
 
 
+@pytest.mark.parametrize("min_tokens", [3, 5, 9])
+def test_min_tokens_lets_a_stop_pass_while_decoding(min_tokens: int):
+    vocabulary = tuple(range(VOCAB_SIZE))  # every token is a stop token
+    engine, _ = make_engine()
+    events = serve(engine, request(max_tokens=20, stop_token_ids=vocabulary, min_tokens=min_tokens))
+    assert len(said(events)) == min_tokens
+
+
 def test_stop_wins_over_length_on_the_last_token():
     output = oracle(max_tokens=20, ignore_eos=True)
     engine, _ = make_engine(eos_token_ids=())
@@ -255,6 +263,17 @@ def test_match_says_what_is_cached_for_this_tenant_and_leaves_the_last_position(
         assert match.num_cached_tokens == tokens
     longer = engine.match(EngineRequest(4, "r", (*prompt, 9), SamplingParams(), cache_salt=b"a"))
     assert longer.num_cached_blocks == 3
+
+
+def test_a_conversation_goes_on_from_the_blocks_of_its_last_answer():
+    engine, runner = make_engine()
+    events = serve(engine, request(max_tokens=12, ignore_eos=True))
+    runner.num_executed_tokens = 0
+    history = (*PROMPT, *said(events))  # 9 + 12 tokens, of which the last was drawn but not computed
+    assert engine.match(request(2, (*history, 5))).num_cached_tokens == 20
+    engine.start_local(2)
+    engine.step()
+    assert runner.num_executed_tokens == 2
 
 
 def test_load_tells_what_waits_and_runs():

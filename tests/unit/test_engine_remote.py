@@ -73,6 +73,15 @@ def test_blocks_that_decode_has_are_not_moved_and_blocks_that_prefill_has_are_no
     assert world.prefill_runner.num_executed_tokens - computed == 8
 
 
+def test_unused_slots_of_a_tail_block_never_carry_what_was_there_before():
+    world = World(prefill={"num_blocks": 4, "prefix_caching": False, "max_model_len": 16})
+    world.add(prompt_of(16), SAMPLING, remote=True, salt=b"a")
+    world.settle()
+    world.add(prompt_of(5, 7), SAMPLING, remote=True, salt=b"b")
+    world.settle()  # the world looks into the tail block
+    assert world.num_moved_blocks == 6
+
+
 def test_another_tenant_gets_nothing_from_either_cache():
     world = World()
     world.add(prompt_of(16), SAMPLING, remote=True, salt=b"a")
