@@ -95,7 +95,7 @@ class Admission:
             self._rate.leave(self._clock(), place.num_tokens)
 
     def retry_after_s(self) -> float:
-        """When a quarter of the queue will be gone at the present rate; jitter keeps clients from returning together."""
+        """When a quarter of the queue will be gone at the present rate; jitter keeps clients apart."""
         rate = self._rate.tokens_per_s
         wait = 0.25 * self.num_tokens / rate if rate > 0 else 1.0
         return min(RETRY_MAX_S, max(RETRY_MIN_S, wait) * self._rng.uniform(1.0, 1.5))

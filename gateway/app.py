@@ -12,7 +12,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,11 @@ CLIENT_STALL_S = 30.0
 GONE_STATUS = 499
 OPEN_PATHS = frozenset(["/health", "/ping", "/livez", "/readyz", "/startupz", "/metrics", "/version"])
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_DISAGGREGATION = {
+    "auto": pb.DISAGGREGATION_AUTO,
+    "always": pb.DISAGGREGATION_ALWAYS,
+    "never": pb.DISAGGREGATION_NEVER,
+}
 _TRUE = ("1", "true", "yes", "on")
 
 
@@ -314,10 +319,9 @@ class GenerateEndpoint:
         forced = headers.get("x-baton-disaggregation") if self._is_internal else None
         if forced is None:
             return self._gateway.disaggregation
-        try:
-            return pb.Disaggregation.Value(f"DISAGGREGATION_{forced.upper()}")
-        except ValueError as error:
-            raise InvalidRequest(f"x-baton-disaggregation: {forced!r} is not one of auto, always, never") from error
+        if forced not in _DISAGGREGATION:
+            raise InvalidRequest(f"x-baton-disaggregation: {forced!r} is not one of {', '.join(_DISAGGREGATION)}")
+        return _DISAGGREGATION[forced]
 
     def _shape(self, body: ChatBody | CompletionBody, scope: Scope) -> ResponseFormat:
         options = body.stream_options
@@ -497,7 +501,7 @@ class _KeepAlive:
 
 
 @contextlib.asynccontextmanager
-async def _watched(receive: Receive, work: Any) -> Any:
+async def _watched(receive: Receive, work: Coroutine[Any, Any, None]) -> AsyncGenerator[asyncio.Task[None], None]:
     """Run `work` as a task that is cancelled as soon as the client is gone. Raises: ClientGone in that case."""
     task: asyncio.Task[None] = asyncio.create_task(work)
     is_gone = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
@@ -82,21 +82,20 @@ class ChatTemplate:
 
 def flatten_content(content: Any) -> Any:
     """A list of text parts as one string, as vLLM does for templates that expect a string."""
-    if not isinstance(content, list):
-        return content
-    texts: list[str] = []
-    for part in content:  # pyright: ignore[reportUnknownVariableType]  # client's JSON
-        if isinstance(part, str):
-            texts.append(part)
-        elif isinstance(part, dict) and part.get("type") in ("text", "input_text", "refusal"):  # pyright: ignore[reportUnknownMemberType]
-            texts.append(str(part.get("text") or part.get("refusal") or ""))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-        else:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-            raise InvalidRequest(
-                f"messages: content part of type {kind!r} is not supported by this model; send text parts only",
-                param="messages",
-            )
-    return "\n".join(texts)
+    return "\n".join(map(_text_of_part, cast("list[Any]", content))) if isinstance(content, list) else content
+
+
+def _text_of_part(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    fields = cast("dict[str, Any]", part) if isinstance(part, dict) else {}
+    kind = fields.get("type")
+    if kind not in ("text", "input_text", "refusal"):
+        raise InvalidRequest(
+            f"messages: content part of type {kind!r} is not supported by this model; send text parts only",
+            param="messages",
+        )
+    return str(fields.get("text") or fields.get("refusal") or "")
 
 
 def _with_reasoning_aliases(message: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +139,8 @@ class _GenerationTag(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         block = nodes.CallBlock(self.call_method("_render"), [], [], body)
-        return block.set_lineno(line)
+        block.set_lineno(line)
+        return block
 
     def _render(self, caller: Macro) -> str:
         return caller()
@@ -177,12 +177,12 @@ def _check_name(name: object) -> None:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+    environment: Any = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)  # pyright: ignore[reportUnknownLambdaType]
+    environment.globals["strftime_now"] = _strftime_now
     environment.globals["dict"] = _TemplateDict()
     environment.globals["namespace"] = _TemplateNamespace
     return environment
@@ -197,6 +197,10 @@ def _to_json(
 ) -> str:
     """Not jinja2's own filter: that one escapes HTML characters, and prompts are not HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
 
 
 def _raise_exception(message: str) -> None:

@@ -1,4 +1,4 @@
-"""Request bodies in vLLM's dialect of OpenAI's API: what is accepted, what is refused by name, what is ignored aloud."""
+"""Request bodies in vLLM's dialect of OpenAI's API: what is accepted, refused by name, ignored aloud."""
 
 from __future__ import annotations
 

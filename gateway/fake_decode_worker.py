@@ -1,8 +1,8 @@
 """A real gRPC decode worker with a pseudo-model: for tests of the gateway and for its benchmark.
 
-The pseudo-model is a pure function of (prompt, seed, choice, position), so whichever worker continues a log says the same:
-the property that failover rests on. Faults are scripted and each happens once. Ships in the package so that the services'
-own tests can hold it and the real worker to one contract.
+The pseudo-model is a pure function of (prompt, seed, choice, position), so whichever worker continues a log says the
+same: the property that failover rests on. Faults are scripted and each happens once. Ships in the package so that it
+and the real worker can be held to one contract.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from enum import Enum
 from typing import Any
 
 import grpc
+import grpc.aio
 
 from kvtransfer.protocol import baton_pb2 as pb
-from kvtransfer.protocol import baton_pb2_grpc as rpc
+
+_grpc: Any = grpc  # its hints do not reach strict checking
+_aio: Any = grpc.aio
 
 NextToken = Callable[[pb.GenerateRequest, int, int], int]  # request, choice, index -> token id
 
@@ -97,12 +100,11 @@ class FakeDecodeWorker:
         self._numerics = numerics
         self._secret = secret
         self._num_faults = 0
-        self._server: grpc.aio.Server | None = None
+        self._server: Any = None
 
     async def __aenter__(self) -> FakeDecodeWorker:
-        self._server = grpc.aio.server()
-        add: Any = rpc.add_DecodeWorkerServicer_to_server
-        add(self, self._server)
+        self._server = _aio.server()
+        self._server.add_generic_rpc_handlers((self._handlers(),))
         port = self._server.add_insecure_port("127.0.0.1:0")
         self.address = f"127.0.0.1:{port}"
         await self._server.start()
@@ -130,16 +132,27 @@ class FakeDecodeWorker:
             async for down in stream.steps():
                 yield down
                 if stream.is_broken:
-                    await context.abort(grpc.StatusCode.UNAVAILABLE, "the fake died")
+                    await context.abort(_grpc.StatusCode.UNAVAILABLE, "the fake died")
         finally:
             reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
+            with contextlib.suppress(asyncio.CancelledError, _aio.AioRpcError):
                 await reader
 
+    def _handlers(self) -> Any:
+        hello = _grpc.unary_unary_rpc_method_handler(
+            self.Hello, pb.HelloRequest.FromString, pb.HelloReply.SerializeToString
+        )
+        generate = _grpc.stream_stream_rpc_method_handler(
+            self.Generate, pb.GenerateUp.FromString, pb.GenerateDown.SerializeToString
+        )
+        methods = {"Hello": hello, "Generate": generate}
+        return _grpc.method_handlers_generic_handler("baton.v1.DecodeWorker", methods)
+
     async def _authorise(self, context: Any) -> None:
-        given = dict(context.invocation_metadata() or ()).get("baton-secret", "")
+        metadata: dict[str, str] = dict(context.invocation_metadata() or ())
+        given = metadata.get("baton-secret", "")
         if self._secret and given != self._secret:
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "baton-secret")
+            await context.abort(_grpc.StatusCode.UNAUTHENTICATED, "baton-secret")
 
     def _info(self) -> pb.WorkerInfo:
         return pb.WorkerInfo(

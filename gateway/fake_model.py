@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 BYTE_OFFSET = 3  # ids 0, 1, 2 are <unk>, <s>, </s>; id 3 + i is the i-th character of the sorted byte alphabet
 EOS_ID = 2
@@ -24,7 +25,8 @@ def write_fake_model(folder: Path, max_model_len: int = 2048, chat_template: str
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]  # its stubs omit setters
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in special])
+    untyped: Any = tokenizer  # its stubs are partial
+    untyped.add_special_tokens([AddedToken(text, special=True) for text in special])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings: dict[str, object] = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -208,7 +208,7 @@ class StreamSink:
 
 def usage_frame(shape: ResponseFormat, usage: Usage, metrics: Mapping[str, Any] | None) -> bytes:
     """The last chunk of a stream that asked for usage: no choices."""
-    chunk = shape.head(is_stream=True) | {"choices": [], "usage": usage.as_json()}
+    chunk: dict[str, Any] = shape.head(is_stream=True) | {"choices": [], "usage": usage.as_json()}
     if metrics is not None:
         chunk["metrics"] = metrics
     return b"data: " + orjson.dumps(chunk) + b"\n\n"

@@ -1,4 +1,4 @@
-"""The few parts of grpc.aio that the gateway uses, under names with types: its own hints do not reach strict checking."""
+"""The few parts of grpc.aio that the gateway uses, with types: its own hints do not reach strict checking."""
 
 from __future__ import annotations
 
