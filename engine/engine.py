@@ -334,6 +334,7 @@ class Engine:
             group.stats.num_output_tokens += sequence.num_output_tokens - sequence.num_committed_tokens
             self._scheduler.remove(sequence)
             sequence.forks = []
+        group.sequences.clear()  # no cycle is left for the garbage collector
         self._scheduler.remove_group(group)
         del self._groups[group.key]
         group.stats.total_s = self._clock() - group.arrived_at

@@ -236,7 +236,8 @@ class Scheduler:
             return
         end = self._policy.chunk_end(start, sequence.target, budget)
         # A prompt's blocks were all taken when it was admitted; only a fork's log can still lack some, and waits.
-        if end <= start or self._memory.num_needed(sequence, end) > self._pool.num_available:
+        is_impossible = not start < end <= allowed_end
+        if is_impossible or self._memory.num_needed(sequence, end) > self._pool.num_available:
             return
         self._grow(plan, sequence, end)
         plan.prompts.append((sequence, end))

@@ -244,6 +244,7 @@ def test_kv_only_prefill_draws_nothing():
     engine.start_prefill(EngineRequest(1, "p", tuple(prompt_of(10)), SAMPLING, ()), 0, due=1.0)
     engine.grant_credit(1, 3)
     done = engine.step().events[-1]
+    assert engine._memory.pool.num_quarantined == 0, "the tail is complete: nobody writes it any more"
     assert done.first_tokens == {}  # pyright: ignore
     assert done.tail.num_tokens == 2  # pyright: ignore
 

@@ -245,6 +245,17 @@ def test_chunks_stop_where_credit_ends():
     assert [type(event) for event in events] == [BlocksFilled, PrefillDone]
 
 
+def test_a_policy_that_never_splits_waits_for_the_whole_credit():
+    engine, _ = make_engine(policy=PolicyName.FCFS)
+    watch = Watch(engine)
+    prefill(engine, 1, 22, due=1.0, credit=5)
+    engine.step()
+    assert watch.batches == []
+    engine.grant_credit(1, 1)
+    engine.step()
+    assert watch.spans == [[(1, 0, 22)]]
+
+
 def test_published_and_unreleased_tokens_are_capped():
     engine, _ = make_engine(max_held_tokens=24)
     for key in (1, 2):
