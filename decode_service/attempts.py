@@ -231,12 +231,12 @@ class Attempts:
             [CandidateFacts(c.predicted_queue_s, c.prefill_tokens_per_s) for c in attempt.message.prefill_candidates],
         )
         if placement.path is PrefillPath.REMOTE:
-            self._count_decision(attempt, placement.path, placement.reason)
+            self._count_placement(attempt, placement.path, placement.reason)
         return placement
 
     async def _prefill_local(self, attempt: Attempt, placement: Placement) -> None:
         reason = Reason.CANDIDATES_FAILED if placement.path is PrefillPath.REMOTE else placement.reason
-        self._count_decision(attempt, PrefillPath.LOCAL, reason)
+        self._count_placement(attempt, PrefillPath.LOCAL, reason)
         await self._engine.call(lambda engine: engine.start_local(attempt.engine_key))
 
     async def _prefill_remote(self, attempt: Attempt) -> bool:
@@ -351,9 +351,9 @@ class Attempts:
             transfer_bytes_per_s=self._transfer_bytes_per_s,
         )
 
-    def _count_decision(self, attempt: Attempt, path: PrefillPath, reason: Reason) -> None:
+    def _count_placement(self, attempt: Attempt, path: PrefillPath, reason: Reason) -> None:
         attempt.path, attempt.path_reason = path, reason.value
-        self._metrics.count_decision(path.value, reason.value)
+        self._metrics.count_placement(path.value, reason.value)
 
     def _note_speed(self, num_bytes: int, pull_s: float) -> None:
         if pull_s <= 0 or num_bytes == 0:

@@ -24,7 +24,7 @@ class PrefillPath(Enum):
 
 
 class Reason(Enum):
-    """Why a path was taken; a label of `baton_prefill_decisions_total`."""
+    """Why a path was taken; a label of `baton_placements_total`."""
 
     POLICY_ALWAYS = "policy_always"
     POLICY_NEVER = "policy_never"

@@ -7,6 +7,7 @@ import contextlib
 import logging
 
 from engine.worker import KV_DTYPE
+from kvtransfer import rpc
 from kvtransfer.prefill_server import PrefillServer
 from kvtransfer.prefill_side import HeldTokens, PrefillLimits
 from kvtransfer.shm_transport import ShmBlockServer, is_available
@@ -62,7 +63,7 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
     engine.start(backend.on_step, on_crash)
     process.refresh_metrics = refresh_metrics
     # 4. Serve until told to end.
-    await process.serve(server.add_to)
+    await process.serve(server.add_to, rpc.DATA_OPTIONS)
     process.announce()
     status = await process.until_end(engine)
     # 5. Let decode workers take what was promised to them, then leave.

@@ -172,7 +172,7 @@ class DecodeQueueMetrics:
         self._failures = metrics.counter(
             "baton_verification_failures", "KV that was not what was announced (T2).", ("kind",)
         )
-        self._decisions = metrics.counter("baton_prefill_decisions", "Where prompts went, and why.", ("path", "reason"))
+        self._placements = metrics.counter("baton_placements", "Where prompts went, and why.", ("path", "reason"))
         self._fallbacks = metrics.counter("baton_prefill_fallbacks", "Candidates given up, by failure.", ("reason",))
         self.ignored = IgnoredMessages(metrics)
 
@@ -181,8 +181,8 @@ class DecodeQueueMetrics:
         self.ignored.update(ignored)
         self._filling.set(load.num_filling)
 
-    def count_decision(self, path: str, reason: str) -> None:
-        self._decisions.labels(path=path, reason=reason).inc()
+    def count_placement(self, path: str, reason: str) -> None:
+        self._placements.labels(path=path, reason=reason).inc()
 
     def count_transfer(self, transport: str, num_bytes: int, exposed_s: float) -> None:
         self._transfers.labels(transport=transport, outcome="committed").inc()

@@ -20,6 +20,7 @@ from typing import Any
 import grpc.aio
 
 from engine.worker import LoadPhase, OnProgress, Replica, ReplicaSpec, load_replica
+from kvtransfer import rpc
 from kvtransfer.auth import SecretInterceptor
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.shm_transport import host_id
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 
 # The engine's Python runs beside this loop's: 0.5 ms keeps heartbeats and tokens prompt (5 ms is the default).
 SWITCH_INTERVAL_S = 0.0005
-MAX_MESSAGE_BYTES = 32 << 20  # a prompt of a million tokens, as varints, with its logs
 # grpc has no type hints of its own.
 _aio: Any = grpc.aio
 
@@ -50,6 +50,7 @@ PHASES = (
 )
 
 
+Options = tuple[tuple[str, int], ...]
 Loader = Callable[[ReplicaSpec, OnProgress], Replica]
 
 
@@ -116,15 +117,11 @@ class WorkerProcess:
             version=_version(),
         )
 
-    async def serve(self, add: Callable[[Any], None]) -> None:
+    async def serve(self, add: Callable[[Any], None], options: Options = rpc.CONTROL_OPTIONS) -> None:
         """Open the gRPC port; `address` is what others reach it by."""
         server = _aio.server(
             interceptors=[SecretInterceptor(self.secret)],
-            options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.so_reuseport", 0),  # two workers on one port must not pass unnoticed
-            ],
+            options=[*options, ("grpc.so_reuseport", 0)],  # two workers on one port must not pass unnoticed
         )
         add(server)
         host, port = self.config.listen

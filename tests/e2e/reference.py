@@ -57,9 +57,14 @@ def reference_texts() -> dict[str, str]:
 
 def _generate(gguf: Path) -> dict[str, str]:
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    # transformers does not know the GGUF's pre-tokenizer "smollm" and takes GPT-2's, which joins digits (17 -> one piece).
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     texts: dict[str, str] = {}
     for prompt in PROMPTS:

@@ -12,6 +12,7 @@ import pytest
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.protocol import baton_pb2_grpc as stubs
 from tests.workers_harness import BLOCK_SIZE, FakeModel, RunningWorker, Workers, gateway_to, until
+from workerkit.process import EXIT_ENGINE_FAILED
 
 LOCAL = pb.DISAGGREGATION_NEVER
 LENGTHS = (1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 8, 31, 90)
@@ -263,5 +264,16 @@ async def test_auto_counts_its_decisions_with_their_reason(workers: Workers) -> 
     async with gateway_to(d) as gateway:
         await gateway.ask(prompt_of(3), [p.candidate], disaggregation=pb.DISAGGREGATION_AUTO)
         await gateway.ask(prompt_of(60), [], disaggregation=pb.DISAGGREGATION_AUTO)
-    assert d.metric("baton_prefill_decisions_total", path="local", reason="one_block") == 1
-    assert d.metric("baton_prefill_decisions_total", path="local", reason="no_candidate") == 1
+    assert d.metric("baton_placements_total", path="local", reason="one_block") == 1
+    assert d.metric("baton_placements_total", path="local", reason="no_candidate") == 1
+
+
+async def test_an_engine_that_fails_ends_every_attempt_for_replay_elsewhere_and_the_process(workers: Workers) -> None:
+    d = await workers.decode(FakeModel(step_s=0.01))
+    async with gateway_to(d) as gateway:
+        _, answer = await gateway.start(prompt_of(9), disaggregation=LOCAL, max_tokens=100)
+        await until(lambda: len(answer.tokens[0]) > 0)
+        d.replica.kv.buffer[:] = bytes(len(d.replica.kv.buffer))  # the fake model sees its KV gone
+        assert (await answer.end()).reason == pb.END_INTERNAL
+        assert await d.task == EXIT_ENGINE_FAILED
+        assert not d.process.health.is_live
