@@ -14,12 +14,13 @@ from engine.models.weights import DecoderWeights
 from modelfiles.config import ModelConfig
 
 Packed = TypeVar("Packed")
+PackedIn = TypeVar("PackedIn", contravariant=True)
 
 
-class DecoderOps(Protocol[Packed]):
+class DecoderOps(Protocol[PackedIn]):
     """What a decoder is made of. Rows are the step's tokens, packed without padding."""
 
-    def embed(self, weight: Packed) -> Tensor:
+    def embed(self, weight: PackedIn) -> Tensor:
         """Embeddings of the step's tokens: the residual stream."""
         ...
 
@@ -31,7 +32,7 @@ class DecoderOps(Protocol[Packed]):
         """Normalised rows of those tokens alone whose logits are wanted."""
         ...
 
-    def project_qkv(self, x: Tensor, weight: Packed) -> Tensor:
+    def project_qkv(self, x: Tensor, weight: PackedIn) -> Tensor:
         """Queries, keys and values side by side."""
         ...
 
@@ -43,15 +44,15 @@ class DecoderOps(Protocol[Packed]):
         """Attend over the paged KV."""
         ...
 
-    def add_linear(self, residual: Tensor, x: Tensor, weight: Packed) -> None:
+    def add_linear(self, residual: Tensor, x: Tensor, weight: PackedIn) -> None:
         """residual += x weight^T, in place."""
         ...
 
-    def gated_mlp(self, x: Tensor, weight: Packed) -> Tensor:
+    def gated_mlp(self, x: Tensor, weight: PackedIn) -> Tensor:
         """silu(gate) * up."""
         ...
 
-    def logits(self, x: Tensor, weight: Packed) -> Tensor:
+    def logits(self, x: Tensor, weight: PackedIn) -> Tensor:
         """Logits of the sampled rows."""
         ...
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from modelfiles.config import ModelConfig
 
 Packed = TypeVar("Packed")
+PackedOut = TypeVar("PackedOut", covariant=True)
 
 
 class SourceTensor(Protocol):
@@ -24,14 +25,14 @@ class SourceTensor(Protocol):
         ...
 
 
-class WeightPacker(Protocol[Packed]):
+class WeightPacker(Protocol[PackedOut]):
     """Turns weight matrices into what its own linear operations read."""
 
-    def pack(self, sources: list[Tensor], bias: Tensor | None = None) -> Packed:
+    def pack(self, sources: list[Tensor], bias: Tensor | None = None) -> PackedOut:
         """Matrices [n_i, k] one after another."""
         ...
 
-    def pack_gated(self, gate: Tensor, up: Tensor) -> Packed:
+    def pack_gated(self, gate: Tensor, up: Tensor) -> PackedOut:
         """The two halves of a gated MLP's input side."""
         ...
 
