@@ -44,9 +44,8 @@ class PrefixCache:
         keyed = len(salt).to_bytes(8, "little") + salt + self._namespace
         return hashlib.sha256(b"baton prefix root" + keyed).digest()
 
-    def extend(self, links: list[Link], root: bytes, token_ids: Sequence[int], num_blocks: int) -> None:
-        """Append the links of full blocks [len(links), num_blocks) of `token_ids`."""
-        parent = links[-1].digest if links else root
+    def extend(self, links: list[Link], parent: bytes, token_ids: Sequence[int], num_blocks: int) -> None:
+        """Append the links of full blocks [len(links), num_blocks) of `token_ids`, the first one below `parent`."""
         first, size = len(links) * self._block_size, self._block_size
         packed = array("I", token_ids[first : num_blocks * size]).tobytes()
         width = array("I").itemsize * size

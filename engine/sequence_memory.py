@@ -123,5 +123,5 @@ class SequenceMemory:
 
     def _extend_links(self, sequence: ScheduledSequence, num_blocks: int) -> None:
         if len(sequence.links) < num_blocks:
-            root = self.cache.root(sequence.group.request.cache_salt)
-            self.cache.extend(sequence.links, root, sequence.token_ids, num_blocks)
+            parent = sequence.links[-1].digest if sequence.links else self.cache.root(sequence.group.request.cache_salt)
+            self.cache.extend(sequence.links, parent, sequence.token_ids, num_blocks)
