@@ -51,6 +51,10 @@ class EngineBackend:
         """Where events go; the server is made after its backend."""
         self._deliver = deliver
 
+    def disconnect(self) -> None:
+        """The server is closed: what the engine still says concerns nobody."""
+        self._deliver = lambda events: None
+
     # ------------------------------------------------------------ what D wants, by way of the server
 
     def start_prefill(self, key: int, start: pb.StartPrefill) -> None:

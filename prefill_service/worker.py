@@ -70,6 +70,7 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
     if status == 0:
         await _drain(server, config.drain_s)
     await server.aclose()
+    backend.disconnect()
     if shared:
         await shared.aclose()
     await process.end()

@@ -206,6 +206,8 @@ class GatewayEnd:
         self._call = call
         self._keys = itertools.count(1)
         self._answers: dict[int, Answer] = {}
+        self._logs: dict[tuple[int, int], int] = {}
+        self._writing = asyncio.Lock()
         self.loads: list[pb.WorkerLoad] = []
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._beat())]
 
@@ -225,7 +227,7 @@ class GatewayEnd:
         """Send one attempt; `logs` are the committed tokens of each choice."""
         key = next(self._keys)
         answer = self._answers[key] = Answer(tokens={choice: [] for choice in range(len(logs))})
-        self._logs = {(key, choice): len(log) for choice, log in enumerate(logs)}
+        self._logs |= {(key, choice): len(log) for choice, log in enumerate(logs)}
         sampling = pb.SamplingParams(
             max_tokens=max_tokens, temperature=1.0, top_p=1.0, seed=seed, num_logprobs=num_logprobs,
             repetition_penalty=1.0, ignore_eos=True,
@@ -242,7 +244,7 @@ class GatewayEnd:
             deadline_s=deadline_s,
             cache_salt=salt,
         )
-        await self._call.write(pb.GenerateUp(start=request))
+        await self._write(pb.GenerateUp(start=request))
         return key, answer
 
     async def ask(self, prompt: Sequence[int], candidates: Sequence[pb.PrefillCandidate] = (), **how: Any) -> Answer:
@@ -252,7 +254,7 @@ class GatewayEnd:
         return answer
 
     async def cancel(self, key: int) -> None:
-        await self._call.write(pb.GenerateUp(cancel=pb.CancelAttempt(key=key)))
+        await self._write(pb.GenerateUp(cancel=pb.CancelAttempt(key=key)))
 
     async def leave(self) -> None:
         """Cut the stream as a killed gateway does."""
@@ -261,10 +263,14 @@ class GatewayEnd:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    async def _write(self, message: pb.GenerateUp) -> None:
+        async with self._writing:  # gRPC refuses a second write beside the first
+            await self._call.write(message)
+
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
-            await self._call.write(pb.GenerateUp(heartbeat=pb.Heartbeat()))
+            await self._write(pb.GenerateUp(heartbeat=pb.Heartbeat()))
 
     async def _read(self) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError):  # a worker that was killed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
@@ -277,3 +278,36 @@ async def test_an_engine_that_fails_ends_every_attempt_for_replay_elsewhere_and_
         assert (await answer.end()).reason == pb.END_INTERNAL
         assert await d.task == EXIT_ENGINE_FAILED
         assert not d.process.health.is_live
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+async def test_a_crowd_in_tiny_pools_gets_its_tokens_or_its_cancel_and_leaves_nothing(
+    workers: Workers, seed: int
+) -> None:
+    """Pools that hold a fraction of what is asked for: promises, reservations and preemptions in every order."""
+    rng = random.Random(seed)
+    tiny = FakeModel(num_blocks=40, max_num_seqs=6)
+    first, second = await workers.prefill(tiny), await workers.prefill(tiny, transports=("grpc",))
+    d, calm = await workers.decode(tiny), await workers.decode(FakeModel(num_blocks=512))
+
+    async def one(number: int) -> None:
+        prompt, num_choices = prompt_of(rng.randrange(1, 90), number % 5), rng.choice((1, 1, 2))
+        how = {"logs": ((),) * num_choices, "max_tokens": rng.randrange(1, 20), "seed": number}
+        candidates = rng.sample([first.candidate, second.candidate], 2)
+        await asyncio.sleep(rng.random() * 0.3)
+        mode = rng.choice((pb.DISAGGREGATION_ALWAYS, pb.DISAGGREGATION_ALWAYS, LOCAL))
+        key, answer = await gateway.start(prompt, candidates, disaggregation=mode, **how)
+        if rng.random() < 0.3:
+            await asyncio.sleep(rng.random() * 0.1)
+            await gateway.cancel(key)
+        ended = await answer.end()
+        expected = (await reference.ask(prompt, disaggregation=LOCAL, **how)).ids
+        assert ended.reason in (pb.END_FINISHED, pb.END_CANCELLED), ended
+        for choice, ids in answer.ids.items():
+            assert ids == expected[choice][: len(ids)]
+            assert ended.reason == pb.END_CANCELLED or len(ids) == how["max_tokens"]
+
+    async with gateway_to(d) as gateway, gateway_to(calm) as reference:
+        await asyncio.gather(*(one(number) for number in range(40)))
+    assert d.metric("baton_placements_total", path="remote", reason="policy_always") > 10
+    await at_baseline(first, second, d)
