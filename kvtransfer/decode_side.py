@@ -21,6 +21,7 @@ Every state has a deadline of its own; the driver calls `tick` at `next_deadline
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -183,6 +184,7 @@ class DecodeSide:
         block_bytes: int,
         limits: DecodeLimits = DecodeLimits(),
         ignored: Counter[str] | None = None,
+        first_transfer_id: int | None = None,
     ) -> None:
         """`boot_id` is P's, from its Hello on this connection; the rest must be equal on both sides."""
         self.ignored = ignored if ignored is not None else Counter[str]()
@@ -191,7 +193,8 @@ class DecodeSide:
         self._block_size = block_size
         self._block_bytes = block_bytes
         self._limits = limits
-        self._last_id = 0
+        # A random start: a message that strayed in from an earlier stream names no transfer of this one.
+        self._last_id = secrets.randbits(48) if first_transfer_id is None else first_transfer_id
         self._transfers: dict[int, _Transfer] = {}
         self._by_ticket: dict[bytes, _Transfer] = {}
 

@@ -68,8 +68,9 @@ class FakePrefillBackend:
     def _run(self, key: int, prompt: _Prompt) -> None:
         chunk = prompt.blocks[prompt.num_filled : prompt.num_granted]
         prompt.num_filled += len(chunk)
-        for block in chunk if self._fill is not None else ():
-            self._fill(block, prompt.start)
+        if self._fill is not None:
+            for block in chunk:
+                self._fill(block, prompt.start)
         full = [block for block in chunk if block.num_tokens == self._block_size]
         events: list[BackendEvent] = [BlocksFilled(key, full)] if full else []
         if prompt.num_filled == len(prompt.blocks):
