@@ -154,7 +154,7 @@ class Attempts:
             touched.add(attempt.stream)
         for stream in touched:
             stream.flush()
-        self._engine_metrics.observe_step(step.num_decode_tokens + step.num_prefill_tokens)
+        self._engine_metrics.observe_step(step.num_decode_tokens + step.num_prefill_tokens, num_tokens)
         self._failpoints.kill_if_due("kill-after-token", num_tokens)
         self._failpoints.kill_if_due("kill-after-chunk", int(step.num_prefill_tokens > 0))
 

@@ -39,7 +39,6 @@ class CounterFacts(Protocol):
     """Totals that only grow (engine.messages.EngineCounters)."""
 
     steps: int
-    decode_tokens: int
     prompt_tokens: int
     cached_tokens: int
     preemptions: int
@@ -67,7 +66,6 @@ class EngineMetrics:
         self._usage = metrics.vllm_gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
         self._totals: dict[str, Counter] = {
             "prompt_tokens": metrics.vllm_counter("prompt_tokens", "Prompt tokens taken in."),
-            "decode_tokens": metrics.vllm_counter("generation_tokens", "Tokens generated."),
             "preemptions": metrics.vllm_counter("num_preemptions", "Sequences preempted."),
             "cached_tokens": metrics.vllm_counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
             "steps": metrics.counter("baton_engine_steps", "Engine steps."),
@@ -75,6 +73,7 @@ class EngineMetrics:
             "copied_blocks": metrics.counter("baton_copied_blocks", "Blocks copied on write."),
             "evicted_blocks": metrics.counter("baton_evicted_blocks", "Cached blocks evicted."),
         }
+        self._generated = metrics.vllm_counter("generation_tokens", "Tokens generated.")
         # vLLM counts a query per prompt token that was looked up: each prompt is looked up once, whole.
         self._queries = metrics.vllm_counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._told: dict[str, int] = dict.fromkeys(self._totals, 0)
@@ -96,9 +95,11 @@ class EngineMetrics:
         )
         info.labels(block_size=str(block_size), num_gpu_blocks=str(num_blocks), cache_dtype=cache_dtype).set(1)
 
-    def observe_step(self, num_tokens: int) -> None:
-        if num_tokens:
-            self._iteration.observe(num_tokens)
+    def observe_step(self, num_computed: int, num_generated: int = 0) -> None:
+        """Tokens that a step computed, and those that were told; a first token drawn by P is told by D."""
+        if num_computed:
+            self._iteration.observe(num_computed)
+        self._generated.inc(num_generated)
 
     def observe_end(self, reason: str, stats: EndFacts) -> None:
         self._success.inc(finished_reason=reason)

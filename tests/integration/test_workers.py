@@ -311,3 +311,35 @@ async def test_a_crowd_in_tiny_pools_gets_its_tokens_or_its_cancel_and_leaves_no
         await asyncio.gather(*(one(number) for number in range(40)))
     assert d.metric("baton_placements_total", path="remote", reason="policy_always") > 10
     await at_baseline(first, second, d)
+
+
+VLLM_NAMES = {
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+    "vllm:cache_config_info",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:num_preemptions_total",
+    "vllm:iteration_tokens_total_count",
+    "vllm:request_success_total",
+}
+
+
+async def test_both_roles_show_vllms_metrics_and_their_queues(workers: Workers) -> None:
+    p, d = await workers.prefill(), await workers.decode()
+    async with gateway_to(d) as gateway:
+        await gateway.ask(prompt_of(20), [p.candidate])
+    for worker, queues in (
+        (p, {"baton_prefill_queue_requests", "baton_prefill_held_requests"}),
+        (d, {"baton_decode_promised_requests", "baton_decode_filling_requests"}),
+    ):
+        await worker.at_baseline()
+        worker.process.refresh_metrics()
+        shown = {sample.name for family in worker.process.metrics.registry.collect() for sample in family.samples}
+        assert VLLM_NAMES | queues <= shown
+    labels = {"model_name": d.process.config.served_model_id, "engine": d.process.config.worker_id}
+    assert d.metric("vllm:generation_tokens_total", **labels) == 8
+    assert d.metric("vllm:request_success_total", finished_reason="finished", **labels) == 1
