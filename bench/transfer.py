@@ -1,0 +1,323 @@
+"""Hand-over bandwidth and latency against a raw copy over the same medium, in one run: `python -m bench.transfer`.
+
+Two processes on this machine. P holds the KV blocks (and a raw TCP server over the same memory); D, this process, moves
+them by every path in turn, each round over other blocks than the last, so that neither end finds them in its caches:
+
+    tcp raw    1 MiB writes, recv_into a preallocated buffer          the medium of grpc
+    grpc       the Pull stream, with and without digest verification
+    copy raw   numpy copyto from the mapped memory, one thread         the medium of shm
+    shm        the shared memory transport, with and without digest verification
+    fetch      the whole hand-over, start to commit, over the real control stream and an engine that computes nothing:
+               what is left after subtracting the raw copy of the same bytes is the protocol
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import json
+import mmap
+import os
+import secrets
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import numpy as np
+
+from kvtransfer import rpc
+from kvtransfer.auth import Secret, SecretInterceptor
+from kvtransfer.decode_side import PrefillOrder
+from kvtransfer.digest import block_digest
+from kvtransfer.fake_backend import FakePrefillBackend
+from kvtransfer.grpc_transport import GrpcBlockTransport
+from kvtransfer.prefill_client import DecodeIdentity, PrefillClient
+from kvtransfer.prefill_server import PrefillServer
+from kvtransfer.prefill_side import HeldTokens, PrefillLimits
+from kvtransfer.protocol import baton_pb2 as pb
+from kvtransfer.shm_transport import ShmBlockServer, ShmBlockTransport, host_id
+from kvtransfer.transport import BlockRead, BlockSource, BlockTransport, SourceBlock
+
+SECRET = Secret("bench")
+BLOCK_SIZES = {16: 737_280, 32: 1_474_560}  # tokens -> bytes of SmolLM2-135M in fp32
+NUM_BLOCKS = 384
+MIB = 1 << 20
+_REQUEST_BYTES = 16
+
+# ---------------------------------------------------------------- P
+
+
+async def serve_prefill(block_size: int) -> None:
+    """P: prints one line of JSON, then obeys lines on stdin ("open FIRST COUNT" -> ticket; end of file -> exit)."""
+    block_bytes = BLOCK_SIZES[block_size]
+    fd = os.memfd_create("kv")
+    os.ftruncate(fd, NUM_BLOCKS * block_bytes)
+    memory = memoryview(mmap.mmap(fd, NUM_BLOCKS * block_bytes))
+    np.frombuffer(memory, np.uint64)[:] = np.arange(len(memory) // 8, dtype=np.uint64)
+    source = BlockSource(memory, block_bytes, secrets.token_bytes(16))
+    backend = FakePrefillBackend(NUM_BLOCKS, block_size)
+    shm = ShmBlockServer(source, fd, SECRET)
+    worker = pb.WorkerInfo(
+        worker_id="p",
+        role=pb.ROLE_PREFILL,
+        boot_id=source.boot_id,
+        layout_fingerprint="bench",
+        block_size=block_size,
+        block_bytes=block_bytes,
+        num_blocks=NUM_BLOCKS,
+        shared_memory_socket=await shm.start(),
+        host_id=host_id(),
+    )
+    server = PrefillServer(worker, backend, source, PrefillLimits(1 << 20), HeldTokens(1 << 30))
+    backend.deliver = server.deliver
+    grpc_server = grpc.aio.server(interceptors=[SecretInterceptor(SECRET)], options=rpc.DATA_OPTIONS)
+    server.add_to(grpc_server)
+    port = grpc_server.add_insecure_port("127.0.0.1:0")
+    await grpc_server.start()
+    hello = {"port": port, "raw_port": _serve_raw(memory, block_bytes), "worker": worker.SerializeToString().hex()}
+    print(json.dumps(hello), flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        first, count = map(int, line.split())
+        ticket = secrets.token_bytes(16)
+        source.open(ticket)
+        source.publish(ticket, _blocks(first, count))
+        print(ticket.hex(), flush=True)
+    os._exit(0)
+
+
+def _blocks(first: int, count: int) -> list[SourceBlock]:
+    return [SourceBlock(i, (first + i) % NUM_BLOCKS, 1) for i in range(count)]
+
+
+def _serve_raw(memory: memoryview, block_bytes: int) -> int:
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        connection, _ = listener.accept()
+        while request := connection.recv(_REQUEST_BYTES):
+            first, count = map(int, request.split())
+            for block in _blocks(first, count):
+                start = block.block_id * block_bytes
+                for offset in range(start, start + block_bytes, MIB):
+                    connection.sendall(memory[offset : min(offset + MIB, start + block_bytes)])
+
+    threading.Thread(target=answer, daemon=True).start()
+    return listener.getsockname()[1]
+
+
+# ---------------------------------------------------------------- D
+
+
+@dataclass
+class Row:
+    """One cell of the table, medians over the rounds."""
+
+    path: str
+    block_bytes: int
+    num_blocks: int
+    gb_per_s: float
+    ratio: float | None = None  # of the raw copy over the same medium
+    overhead_ms_p50: float | None = None  # of a whole hand-over beyond the raw copy
+    overhead_ms_p99: float | None = None
+
+
+class Peer:
+    """The P process."""
+
+    def __init__(self, process: asyncio.subprocess.Process, hello: dict[str, Any]) -> None:
+        self.process = process
+        self.address = f"127.0.0.1:{hello['port']}"
+        self.worker = pb.WorkerInfo.FromString(bytes.fromhex(hello["worker"]))
+        self.raw = socket.create_connection(("127.0.0.1", hello["raw_port"]))
+
+    async def open(self, first: int, count: int) -> bytes:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{first} {count}\n".encode())
+        return bytes.fromhex((await self.process.stdout.readline()).decode())
+
+
+class Bench:
+    def __init__(self, peer: Peer, rounds: int) -> None:
+        self._peer = peer
+        self._rounds = rounds
+        self._block_bytes = peer.worker.block_bytes
+        buffer = np.ones(NUM_BLOCKS * self._block_bytes, np.uint8)  # touched: page faults are not what we measure
+        self._destinations = memoryview(buffer)
+        self._next = 0
+        self._shm = ShmBlockTransport(peer.worker, SECRET)
+        self._grpc = GrpcBlockTransport(peer.address, SECRET, self._block_bytes)
+
+    def _rotate(self, count: int) -> tuple[int, list[memoryview]]:
+        """The next blocks at both ends: neither in the caches."""
+        first, self._next = self._next, (self._next + count + 16) % NUM_BLOCKS
+        ids = [(first + i) % NUM_BLOCKS for i in range(count)]
+        size = self._block_bytes
+        return first, [self._destinations[i * size : (i + 1) * size] for i in ids]
+
+    async def warm(self) -> None:
+        """Connections, mappings, first-touch faults."""
+        for transport in (self._grpc, self._shm):
+            await self.pull(transport, False, NUM_BLOCKS)
+
+    async def raw_tcp(self, count: int) -> float:
+        first, destinations = self._rotate(count)
+        return await asyncio.to_thread(self._raw_tcp, first, count, destinations)
+
+    def _raw_tcp(self, first: int, count: int, destinations: Sequence[memoryview]) -> float:
+        started = time.perf_counter()
+        self._peer.raw.sendall(f"{first} {count}".encode().ljust(_REQUEST_BYTES))
+        for destination in destinations:
+            received = 0
+            while received < len(destination):
+                received += self._peer.raw.recv_into(destination[received : received + MIB])
+        return time.perf_counter() - started
+
+    async def raw_copy(self, count: int) -> float:
+        first, destinations = self._rotate(count)
+        memory = self._shm._link.memory  # type: ignore[union-attr]  # mapped by warm()
+        arrays = [np.frombuffer(destination, np.uint8) for destination in destinations]
+
+        def copy() -> float:
+            started = time.perf_counter()
+            for i, array in enumerate(arrays):
+                np.copyto(array, memory[(first + i) % NUM_BLOCKS])
+            return time.perf_counter() - started
+
+        return await asyncio.to_thread(copy)
+
+    async def pull(self, transport: BlockTransport, verified: bool, count: int) -> float:
+        first, destinations = self._rotate(count)
+        ticket = await self._peer.open(first, count)
+        puller = await transport.open(ticket, self._peer.worker.boot_id)
+
+        def verify(read: BlockRead) -> None:
+            block_digest(destinations[read.index])
+
+        started = time.perf_counter()
+        await puller.pull(_blocks(first, count), destinations, verify if verified else lambda read: None)
+        elapsed = time.perf_counter() - started
+        await puller.aclose()
+        return elapsed
+
+    async def fetch(self, client: PrefillClient, count: int) -> float:
+        _, destinations = self._rotate(count)
+        order = PrefillOrder(
+            "bench", [7] * (count * self._peer.worker.block_size), 0, pb.SamplingParams(), (0,), b"", 60.0
+        )
+
+        async def reserve() -> Sequence[memoryview]:
+            return destinations
+
+        started = time.perf_counter()
+        await client.fetch(order, reserve)
+        return time.perf_counter() - started
+
+    async def bandwidth(self, counts: Sequence[int]) -> list[Row]:
+        rows: list[Row] = []
+        for count in counts:
+            measures: dict[str, Callable[[], Awaitable[float]]] = {
+                "tcp raw": functools.partial(self.raw_tcp, count),
+                "grpc": functools.partial(self.pull, self._grpc, False, count),
+                "grpc + digest": functools.partial(self.pull, self._grpc, True, count),
+                "copy raw": functools.partial(self.raw_copy, count),
+                "shm": functools.partial(self.pull, self._shm, False, count),
+                "shm + digest": functools.partial(self.pull, self._shm, True, count),
+            }
+            medians = await self._interleaved(measures, count)
+            for path, elapsed in medians.items():
+                raw = medians["tcp raw" if path.startswith(("tcp", "grpc")) else "copy raw"]
+                gb_per_s = count * self._block_bytes / elapsed / 1e9
+                rows.append(Row(path, self._block_bytes, count, gb_per_s, ratio=raw / elapsed))
+        return rows
+
+    async def _interleaved(self, measures: dict[str, Callable[[], Awaitable[float]]], count: int) -> dict[str, float]:
+        samples: dict[str, list[float]] = {path: [] for path in measures}
+        rounds = self._rounds if count >= 64 else 3 * self._rounds
+        for _ in range(rounds):
+            for path, measure in measures.items():
+                samples[path].append(await measure())
+        return {path: statistics.median(times) for path, times in samples.items()}
+
+    async def handover(self, counts: Sequence[int]) -> list[Row]:
+        rows: list[Row] = []
+        for transport, raw_measure in (("grpc", self.raw_tcp), ("shm", self.raw_copy)):
+            identity = DecodeIdentity(
+                "d", bytes(16), "bench", self._peer.worker.block_size, self._block_bytes, (transport,)
+            )
+            client = PrefillClient(self._peer.address, identity, SECRET, pb.WorkerLoad)
+            client.start()
+            await self.fetch(client, 1)
+            for count in counts:
+                raws, wholes = [], []
+                for _ in range(10 * self._rounds if count <= 8 else 3 * self._rounds):
+                    raws.append(await raw_measure(count))
+                    wholes.append(await self.fetch(client, count))
+                raw = statistics.median(raws)
+                beyond = sorted(1000 * (whole - raw) for whole in wholes)
+                gb_per_s = count * self._block_bytes / statistics.median(wholes) / 1e9
+                p50, p99 = statistics.median(beyond), beyond[min(len(beyond) - 1, int(0.99 * len(beyond)))]
+                row = Row(f"fetch {transport}", self._block_bytes, count, gb_per_s, None, p50, p99)
+                rows.append(row)
+            await client.aclose()
+        return rows
+
+
+async def run(block_size: int, counts: Sequence[int], rounds: int) -> list[Row]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "bench.transfer",
+        "--serve",
+        str(block_size),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        peer = Peer(process, json.loads(await process.stdout.readline()))
+        bench = Bench(peer, rounds)
+        await bench.warm()
+        return [*await bench.bandwidth(counts), *await bench.handover(counts)]
+    finally:
+        process.stdin.close()
+        await process.wait()
+
+
+def show(rows: Sequence[Row]) -> None:
+    print(f"{'path':<14}{'block':>10}{'blocks':>8}{'GB/s':>8}{'of raw':>8}{'beyond raw p50':>16}{'p99':>8}")
+    for row in rows:
+        ratio = f"{100 * row.ratio:.0f} %" if row.ratio is not None else ""
+        p50 = f"{row.overhead_ms_p50:.2f} ms" if row.overhead_ms_p50 is not None else ""
+        p99 = f"{row.overhead_ms_p99:.2f}" if row.overhead_ms_p99 is not None else ""
+        print(f"{row.path:<14}{row.block_bytes:>10}{row.num_blocks:>8}{row.gb_per_s:>8.2f}{ratio:>8}{p50:>16}{p99:>8}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--block-sizes", type=int, nargs="+", default=sorted(BLOCK_SIZES), choices=sorted(BLOCK_SIZES))
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    arguments = parser.parse_args()
+    if arguments.serve is not None:
+        asyncio.run(serve_prefill(arguments.serve))
+        return
+    rows = [row for size in arguments.block_sizes for row in asyncio.run(run(size, arguments.blocks, arguments.rounds))]
+    show(rows)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()
