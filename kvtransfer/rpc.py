@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,13 @@ DATA_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 """For a channel that pulls blocks, and for the server that answers it. Measured: docs/log.md, bench/transfer.py."""
 
-RPC_ERRORS: tuple[type[BaseException], ...] = (_aio.AioRpcError, _aio.UsageError, _aio.InternalError, _aio.BaseError)
+RPC_ERRORS: tuple[type[BaseException], ...] = (
+    _aio.AioRpcError,
+    _aio.UsageError,
+    _aio.InternalError,
+    _aio.BaseError,
+    asyncio.InvalidStateError,  # "RPC already finished": a write behind the peer's end
+)
 """A call that was ended by the peer, the network or the closing of its channel."""
 
 
