@@ -82,6 +82,7 @@ class Generation:
         self.history = History()
         self.stats: pb.AttemptStats | None = None
         self.worker_id = ""
+        self.prefix_chain: list[int] | None = None  # the router's; computed when first routed
         self.layout_fingerprint: str | None = None
         self.numerics_fingerprint: str | None = None
         self.timing = Timing(request.received_at or time.monotonic(), last_of_choice=[0.0] * request.num_choices)

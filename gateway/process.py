@@ -138,8 +138,11 @@ async def drain_requests(gateway: Gateway, timeout_s: float) -> None:
     """Take no more, let what runs finish."""
     gateway.health.drain()
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and any(c.attempts for c in gateway.services.pool.connections.values()):
-        await gateway.services.pool.wait_for_change(0.5)
+    pool, admission = gateway.services.pool, gateway.services.admission
+    while time.monotonic() < deadline:
+        if not admission.num_requests and not any(c.attempts for c in pool.connections.values()):
+            return
+        await pool.wait_for_change(0.5)
 
 
 class _Front:

@@ -63,6 +63,8 @@ async def serve(generation: Generation, services: Services) -> None:
         raise
     finally:
         services.admission.leave(place)
+    if generation.prefix_chain and generation.stats and generation.stats.prefill_worker_id in services.pool.prefill:
+        services.pool.prefixes.note(generation.prefix_chain, [generation.stats.prefill_worker_id])
     _account(generation, services.metrics)
     _log_end(generation, "finished")
 
@@ -78,15 +80,17 @@ def _admit(generation: Generation, services: Services) -> Place:
 
 async def _route(generation: Generation, pool: WorkerPool, held: ExitStack) -> tuple[DecodeConnection, Route]:
     """Decide where to run; wait, at no cost but time, while nothing is routable."""
-    chain = pool.prefixes.chain(generation.request.prompt_token_ids, generation.request.cache_salt)
+    chain = generation.prefix_chain
+    if chain is None:
+        chain = pool.prefixes.chain(generation.request.prompt_token_ids, generation.request.cache_salt)
+        generation.prefix_chain = chain
     while True:
         if generation.history.must_run_alone:
             _hold_a_worker(generation, pool, held)
         wanted = _wanted(generation, pool, chain)
         decision = router.route(wanted, pool.decode_states(generation), pool.prefill_states())
         if isinstance(decision, Route):
-            prefills = [candidate.worker_id for candidate in decision.candidates[:1]]
-            pool.prefixes.note(chain, (decision.worker_id, *prefills))
+            pool.prefixes.note(chain, [decision.worker_id])
             return pool.connections[decision.worker_id], decision
         await _wait(generation, pool, decision)
 

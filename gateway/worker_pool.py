@@ -194,15 +194,19 @@ class WorkerPool:
 
     async def _run_member(self, hint: Hint) -> None:
         """Stay with one address until it is neither hinted nor alive."""
-        backoff = BACKOFF_MIN_S
+        backoff, said = BACKOFF_MIN_S, ""
         async with rpc.open_channel(hint.address) as channel:
             while True:
                 try:
                     reply = await self._say_hello(channel, hint.role)
-                    backoff = BACKOFF_MIN_S
+                    backoff, said = BACKOFF_MIN_S, ""
                     await self._use(channel, hint, reply)
                 except (rpc.RpcError, _Unusable) as error:
-                    log.info("worker not usable", extra={"address": hint.address, "reason": _reason(error)})
+                    level, said = (
+                        (logging.DEBUG if said else logging.INFO),
+                        _reason(error),
+                    )  # once, then each try at debug
+                    log.log(level, "worker not usable", extra={"address": hint.address, "reason": said})
                 except Exception:  # the loop's boundary: a bug with one worker must not lose the others
                     log.exception("worker connection failed", extra={"address": hint.address})
                 if not self._is_hinted(hint.address):

@@ -1,0 +1,119 @@
+"""The gateway as a process: how it starts, what it never imports, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from gateway.discovery import Discovery
+from gateway.fake_model import write_fake_model
+from gateway.keys import ApiKeys, cache_salt
+from kvtransfer.protocol import baton_pb2 as pb
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, text=True, capture_output=True, timeout=60)
+
+
+def test_help_names_the_flags_and_imports_nothing_slow() -> None:
+    probe = (
+        "import sys, runpy; sys.argv = ['gateway', '--help']\n"
+        "try: runpy.run_module('gateway', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "slow = {'grpc', 'uvicorn', 'pydantic', 'tokenizers', 'numpy', 'torch'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
+    done = python("-c", probe)
+    assert done.returncode == 0, done.stderr
+    for flag in ("--model", "--http", "--registry-dir", "--workers-seed", "--max-queue-tokens", "--parent-fd"):
+        assert flag in done.stdout
+
+
+def test_the_whole_gateway_runs_without_torch_and_transformers() -> None:
+    done = python("-c", "import sys, gateway.process; assert not {'torch', 'transformers'} & set(sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_unknown_flag_and_a_missing_model_are_refused() -> None:
+    assert python("-m", "gateway", "--model", "x", "--no-such-flag").returncode == 2
+    missing = python("-m", "gateway")
+    assert missing.returncode == 2
+    assert "--model is required" in missing.stderr
+
+
+def test_it_starts_answers_and_ends_on_sigterm(tmp_path: Path) -> None:
+    model = write_fake_model(tmp_path / "model")
+    flags = ["--model", str(model), "--http", "127.0.0.1:0", "--registry-dir", str(tmp_path), "--log-level", "warning"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gateway", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        address = json.loads(process.stdout.readline())["http"]
+        with urllib.request.urlopen(f"http://{address}/readyz", timeout=10) as answer:
+            assert json.load(answer)["state"] == "ready"
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"http://{address}/health", timeout=10)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_it_ends_with_its_parent(tmp_path: Path) -> None:
+    """What kill -9 of `baton up` leaves behind: a pipe without a writer."""
+    model = write_fake_model(tmp_path / "model")
+    reader, writer = os.pipe()
+    flags = ["--model", str(model), "--http", "127.0.0.1:0", "--parent-fd", str(reader)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gateway", *flags],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[reader],
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        os.close(writer)
+        began = time.monotonic()
+        process.wait(10)
+        assert time.monotonic() - began < 5
+    finally:
+        os.close(reader)
+        process.kill()
+        process.communicate()
+
+
+def test_hints_come_from_files_and_seeds_and_files_know_more(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps({"address": "a:1", "role": "prefill"}))
+    (tmp_path / "d.json").write_text(json.dumps({"address": "b:1", "role": "decode"}))
+    (tmp_path / ".d.json.tmp").write_text("{")
+    hints = Discovery(tmp_path, ("a:1", "c:1")).hints()
+    assert {address: hint.role for address, hint in hints.items()} == {
+        "a:1": pb.ROLE_PREFILL,
+        "b:1": pb.ROLE_DECODE,
+        "c:1": pb.ROLE_UNSPECIFIED,
+    }
+    assert Discovery(tmp_path / "missing").hints() == {}
+
+
+def test_a_key_file_without_keys_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# nothing\n\n")
+    with pytest.raises(ValueError, match="no keys"):
+        ApiKeys.read(file)
+
+
+def test_no_two_tenants_share_a_salt_whatever_they_send() -> None:
+    salts = [cache_salt(tenant, salt) for tenant in ("", "a", "b") for salt in (None, "a", "b", "b\0a")]
+    assert len(set(salts)) == len(salts)
