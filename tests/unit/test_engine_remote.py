@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.errors import RequestUnknown
 from engine.group import Phase
-from engine.messages import EndReason, EngineRequest, RemotePromised, TokenEvent
+from engine.messages import EndReason, EngineRequest, RemotePromised, RemoteReserved, TokenEvent
 from engine.request import SampledToken, SamplingParams
 from tests.unit.engine_world import Client, World
 
@@ -46,6 +46,17 @@ def test_a_replay_fetches_the_prompt_and_computes_the_logs_here():
     client = world.add(prompt_of(10), SAMPLING, {0: 2, 1: 0, 2: 4}, remote=True)
     world.settle()
     assert client.finished == {0, 1, 2}
+
+
+def test_a_replay_whose_log_is_cached_here_still_names_prompt_blocks_only():
+    world = World()
+    sampling = SamplingParams(max_tokens=14, ignore_eos=True)
+    world.add(prompt_of(6), sampling)
+    world.settle()
+    again = world.add(prompt_of(6), sampling, {0: 12}, remote=True)
+    world.settle()
+    assert again.finished == {0}
+    assert world.num_moved_blocks == 1
 
 
 def test_a_missing_first_token_is_drawn_here():
@@ -104,6 +115,47 @@ def test_a_promise_waits_until_its_final_size_fits_beside_the_others():
     assert second.finished == {0}
 
 
+def test_promises_that_share_a_cached_prefix_count_it_once():
+    world = World({"num_blocks": 16})
+    world.add(prompt_of(33), SamplingParams(max_tokens=1))
+    world.settle()
+    both = [world.add([*prompt_of(32), *[tail] * 8], SAMPLING, remote=True) for tail in (2, 3)]
+    world.step_decode()
+    assert all(client.transfer is not None for client in both), "8 shared blocks and twice 3, not twice 11"
+    world.settle()
+
+
+def test_choices_of_a_promise_take_their_seats():
+    world = World({"max_num_seqs": 2})
+    world.add(prompt_of(9), SAMPLING, {0: 0, 1: 0}, remote=True)
+    world.step_decode()
+    local = world.add(prompt_of(5), SAMPLING)
+    for _ in range(3):
+        world.step_decode()
+    assert local.logs[0] == []
+    world.settle()
+    assert local.finished == {0}
+
+
+def test_a_small_reservation_does_not_overtake_a_large_one_that_waits():
+    world = World({"num_blocks": 12, "constant_estimate": 1, "max_model_len": 44, "prefix_caching": False})
+    world.add(prompt_of(8), SamplingParams(max_tokens=30, ignore_eos=True))
+    world.step_decode()
+    engine = world.decode
+    for key, length in ((101, 24), (102, 4)):
+        engine.match(EngineRequest(key, "r", tuple(prompt_of(length, key)), SAMPLING))
+        engine.promise_remote(key)
+    promised = [event.key for event in engine.step().events if isinstance(event, RemotePromised)]
+    assert promised == [101, 102]
+    while engine.load().num_blocks_free >= 6:
+        engine.step()
+    assert engine.try_reserve_remote(101) is None
+    assert engine.try_reserve_remote(102) is None, "there is room for it, but it came later"
+    events = [event for _ in range(60) for event in engine.step().events]
+    assert [event.key for event in events if isinstance(event, RemoteReserved)] == [101, 102]
+    engine.check()
+
+
 def test_running_sequences_that_outgrew_their_estimate_delay_a_reservation_but_never_forever():
     world = World({"num_blocks": 12, "constant_estimate": 1, "max_model_len": 44, "prefix_caching": False})
     world.add(prompt_of(8), SamplingParams(max_tokens=30, ignore_eos=True))
@@ -137,6 +189,7 @@ def test_a_long_running_sequence_is_preempted_for_a_promise_that_waited():
     assert world.decode.counters.preemptions == 1
     world.settle()
     assert local.finished == remote.finished == {0}
+    assert world.decode.counters.preemptions == 1, "patience starts anew once the promise is kept"
 
 
 def test_a_running_sequence_stalls_while_a_filling_one_holds_the_memory():

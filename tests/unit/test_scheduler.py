@@ -15,6 +15,7 @@ from engine.messages import (
     Event,
     PrefillDone,
     PrefillStarting,
+    RemotePromised,
     RequestEnded,
     TokenEvent,
 )
@@ -194,12 +195,24 @@ def test_the_only_running_sequence_is_never_preempted_for_itself():
 
 
 def test_logs_of_forks_that_wait_for_each_others_blocks_come_free():
-    engine, _ = make_engine(num_blocks=6, max_model_len=24, prefix_caching=False, max_num_batched_tokens=24)
-    log = tuple([3] * 10)
-    starts = tuple(ChoiceStart(choice, log) for choice in range(3))
-    engine.match(EngineRequest(1, "r", (1, 2, 3, 4, 5, 6), SamplingParams(max_tokens=12, ignore_eos=True), starts))
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "chunk_size": 4, "num_blocks": 5, "max_model_len": 20}
+    engine, _ = make_engine(prefix_caching=False, **limits)
+    starts = tuple(ChoiceStart(choice, tuple([3] * 12)) for choice in range(3))
+    engine.match(EngineRequest(1, "r", (1, 2, 3, 4, 5, 6), SamplingParams(max_tokens=13, ignore_eos=True), starts))
     engine.start_local(1)
-    assert len(run_out(engine)) == 6
+    assert len(run_out(engine)) == 3
+    assert engine.counters.preemptions > 0
+
+
+def test_a_promise_does_not_overtake_an_older_request_that_waits_for_memory():
+    engine, _ = make_engine(max_num_seqs=2)
+    submit(engine, 1, 4, max_tokens=6)
+    engine.step()
+    submit(engine, 2, 4, choices=2)
+    engine.match(EngineRequest(3, "r3", (1, 2, 3), SamplingParams()))
+    engine.promise_remote(3)
+    kinds = [(type(event), event.key) for event in all_events(engine)]
+    assert kinds.index((RequestEnded, 1)) < kinds.index((TokenEvent, 2)) < kinds.index((RemotePromised, 3))
 
 
 # ------------------------------------------------------------------ the prefill queue
@@ -269,6 +282,23 @@ def test_a_policy_that_never_splits_waits_for_the_whole_credit():
     engine.grant_credit(1, 1)
     engine.step()
     assert watch.spans == [[(1, 0, 22)]]
+
+
+def test_only_a_few_prompts_are_reserved_before_their_decode_worker_answers():
+    engine, _ = make_engine()
+    for key in range(1, 12):
+        prefill(engine, key, 4, due=float(key), credit=0)
+    assert started(engine, 3) == list(range(1, 9))
+    engine.grant_credit(1, 1)
+    assert started(engine) == [9]
+
+
+def test_prompts_are_reserved_only_a_little_ahead_of_what_is_computed():
+    engine, _ = make_engine()
+    for key in range(1, 6):
+        prefill(engine, key, 24, due=float(key))
+    assert started(engine) == [1, 2], "two steps' worth"
+    assert started(engine) == [3]
 
 
 def test_published_and_unreleased_tokens_are_capped():
