@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -53,6 +55,7 @@ BLOCK_SIZE = 4
 BLOCK_BYTES = 16
 NUM_P_BLOCKS = 12
 NUM_D_BLOCKS = 24
+PICK = st.integers(0, 10_000)
 LIMITS = DecodeLimits(max_outstanding_bytes=3 * BLOCK_BYTES)
 
 
@@ -264,45 +267,46 @@ class HandoverPair(RuleBasedStateMachine):
         self.do(actions)
 
     @precondition(lambda self: self.up)
-    @rule(data=st.data(), fate=st.sampled_from(["deliver"] * 6 + ["reorder", "repeat", "drop"]))
-    def network_up(self, data: st.DataObject, fate: str) -> None:
-        message = self.taken(self.up, data, fate)
+    @rule(pick=PICK, fate=st.sampled_from(["deliver"] * 6 + ["reorder", "repeat", "drop"]))
+    def network_up(self, pick: int, fate: str) -> None:
+        message = self.taken(self.up, pick, fate)
         if fate != "drop":
             self.do_p(self.p.handle(message, self.now))
 
     @precondition(lambda self: self.down)
-    @rule(data=st.data(), fate=st.sampled_from(["deliver"] * 6 + ["reorder", "repeat", "drop"]))
-    def network_down(self, data: st.DataObject, fate: str) -> None:
-        message = self.taken(self.down, data, fate)
+    @rule(pick=PICK, fate=st.sampled_from(["deliver"] * 6 + ["reorder", "repeat", "drop"]))
+    def network_down(self, pick: int, fate: str) -> None:
+        message = self.taken(self.down, pick, fate)
         if fate != "drop":
             self.do(self.d.handle(message, self.now))
 
-    def taken(self, queue: list, data: st.DataObject, fate: str):
-        position = data.draw(st.integers(0, len(queue) - 1)) if fate == "reorder" else 0
+    def taken(self, queue: list, pick: int, fate: str):
+        position = pick % len(queue) if fate == "reorder" else 0
         return queue[position] if fate == "repeat" else queue.pop(position)
 
     @precondition(lambda self: self.old_down)
-    @rule(data=st.data())
-    def message_of_an_earlier_stream_reaches_d(self, data: st.DataObject) -> None:
-        message = data.draw(st.sampled_from(self.old_down))
+    @rule(pick=PICK)
+    def message_of_an_earlier_stream_reaches_d(self, pick: int) -> None:
+        message = self.old_down[pick % len(self.old_down)]
         assert self.d.handle(message, self.now) == [], "T4"
 
     @precondition(lambda self: any(m.WhichOneof("kind") != "start" for m in self.old_up))
-    @rule(data=st.data())
-    def message_of_an_earlier_stream_reaches_p(self, data: st.DataObject) -> None:
-        message = data.draw(st.sampled_from([m for m in self.old_up if m.WhichOneof("kind") != "start"]))
+    @rule(pick=PICK)
+    def message_of_an_earlier_stream_reaches_p(self, pick: int) -> None:
+        messages = [m for m in self.old_up if m.WhichOneof("kind") != "start"]
+        message = messages[pick % len(messages)]
         assert self.p.handle(message, self.now) == [], "T4"
 
     @precondition(lambda self: self.prompts)
-    @rule(data=st.data(), num_blocks=st.integers(1, 4), beyond_credit=st.booleans())
-    def engine_works(self, data: st.DataObject, num_blocks: int, beyond_credit: bool) -> None:
-        prompt = self.prompts[data.draw(st.sampled_from(sorted(self.prompts)))]
+    @rule(pick=PICK, num_blocks=st.integers(1, 4), beyond_credit=st.booleans())
+    def engine_works(self, pick: int, num_blocks: int, beyond_credit: bool) -> None:
+        prompt = self.prompts[sorted(self.prompts)[pick % len(self.prompts)]]
         self.engine_step(prompt, num_blocks, beyond_credit)
 
     @precondition(lambda self: self.prompts)
-    @rule(data=st.data())
-    def engine_gives_up(self, data: st.DataObject) -> None:
-        key = data.draw(st.sampled_from(sorted(self.prompts)))
+    @rule(pick=PICK)
+    def engine_gives_up(self, pick: int) -> None:
+        key = sorted(self.prompts)[pick % len(self.prompts)]
         self.do_p(self.p.prefill_failed(key, pb.PREFILL_FAILURE_INTERNAL, "engine"))
 
     @precondition(lambda self: any(want.is_reserving for want in self.wants.values()))
@@ -373,9 +377,9 @@ class HandoverPair(RuleBasedStateMachine):
         self.stop_reading(next(i for i, want in self.wants.items() if want.is_stopping), None)
 
     @precondition(lambda self: self.wants)
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        self.do(self.d.cancel(data.draw(st.sampled_from(sorted(self.wants))), self.now))
+    @rule(pick=PICK)
+    def cancel(self, pick: int) -> None:
+        self.do(self.d.cancel(sorted(self.wants)[pick % len(self.wants)], self.now))
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 4.0, 11.0]))
     def time_passes(self, seconds: float) -> None:
@@ -470,8 +474,58 @@ class HandoverPair(RuleBasedStateMachine):
                 self.pull_lets_go()
 
 
-HandoverPair.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+HandoverPair.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestHandoverPair = HandoverPair.TestCase
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_long_walks_hold_the_invariants(seed: int) -> None:
+    """Hypothesis shrinks well but walks short; these walks are long and weighted, so that damage meets commits."""
+    walk = random.Random(seed)
+    world = HandoverPair()
+    for _ in range(200):
+        one_event(world, walk)
+        world.every_block_has_one_place()
+        world.both_ends_know_what_is_open()
+        world.a_free_block_is_not_published()
+        world.every_state_has_a_deadline()
+    world.teardown()
+    assert world.num_commits + world.num_fails > 0
+
+
+def one_event(world: HandoverPair, walk: random.Random) -> None:
+    pick = walk.randrange(10_000)
+    fate = walk.choice(["deliver"] * 20 + ["reorder", "repeat", "drop"])
+    match walk.choices(range(12), [4, 10, 10, 10, 6, 10, 1, 1, 1, 1, 0.4, 1])[0]:
+        case 0 if len(world.wants) < 4:
+            held = walk.randrange(2)
+            num_tokens = walk.randint(1 + held * BLOCK_SIZE, 22)
+            world.ask(num_tokens, walk.randint(1, 3), held, walk.randrange(3), walk.choice([30.0, 300.0]))
+        case 1 if world.up:
+            world.network_up(pick, fate)
+        case 2 if world.down:
+            world.network_down(pick, fate)
+        case 3 if world.prompts:
+            world.engine_works(pick, walk.randint(1, 4), walk.random() < 0.3)
+        case 4 if any(want.is_reserving for want in world.wants.values()):
+            world.reserve(walk.random() < 0.05)
+        case 5 if world.readings:
+            damage = walk.choice(["none"] * 20 + ["flip", "flip", "cut", "generation", "boot", "lost"])
+            world.read(damage, walk.random() < 0.5)
+        case 6 if any(want.is_stopping for want in world.wants.values()):
+            world.pull_lets_go()
+        case 7 if world.wants:
+            world.cancel(pick)
+        case 8:
+            world.time_passes(walk.choice([0.1, 1.0, 4.0, 11.0]))
+        case 9 if world.old_down:
+            world.message_of_an_earlier_stream_reaches_d(pick)
+        case 10 if world.wants:
+            world.disaster(walk.choice(["stream", "p", "d"]))
+        case 11 if world.prompts and pick % 4 == 0:
+            world.engine_gives_up(pick)
+        case _:
+            pass
 
 
 def test_without_faults_every_prompt_commits() -> None:
