@@ -19,11 +19,14 @@ from typing import Any
 
 import grpc.aio
 
+from engine.errors import EngineError
+from engine.sizing import MemoryTooSmall
 from engine.worker import LoadPhase, OnProgress, Replica, ReplicaSpec, load_replica
 from kvtransfer import rpc
 from kvtransfer.auth import SecretInterceptor
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.shm_transport import host_id
+from modelfiles.errors import ModelFilesError
 from servicekit import failpoints, lifecycle, logs
 from servicekit.health import HealthState, HttpServer, Phase, ProgressWatch, health_app, start_http
 from servicekit.metrics import Metrics
@@ -38,6 +41,10 @@ log = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0005
 # grpc has no type hints of its own.
 _aio: Any = grpc.aio
+
+EXIT_CANNOT_START = 78  # EX_CONFIG: starting again will not help
+EXPECTED_ERRORS = (ModelFilesError, EngineError, MemoryTooSmall, OSError, ValueError)
+"""A model, setting, port or file that cannot be used; the message says which and why, a traceback would hide it."""
 
 EXIT_ENGINE_FAILED = 70  # EX_SOFTWARE
 
@@ -232,6 +239,9 @@ def run_process(serve: Serve, config: WorkerConfig, role: pb.Role, load: Loader 
 
     try:
         status = asyncio.run(main())
+    except EXPECTED_ERRORS as error:
+        log.error("cannot start: %s", error, extra={"error": type(error).__name__})
+        status = EXIT_CANNOT_START
     except Exception as error:
         log.error("worker failed", exc_info=error)
         status = 1

@@ -18,6 +18,7 @@ import pytest
 
 from kvtransfer.protocol import baton_pb2 as pb
 from tests.workers_harness import FakeModel, Workers, gateway_to, until
+from workerkit.process import EXIT_CANNOT_START
 
 ROOT = Path(__file__).parents[2]
 LOCAL = pb.DISAGGREGATION_NEVER
@@ -175,8 +176,30 @@ def test_failpoints_are_refused_where_they_are_not_allowed(tmp_path: Path) -> No
          "--secret-file", str(tmp_path / "secret"), "--failpoints", "kill-after-token=1"],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert refused.returncode == 1
+    assert refused.returncode == EXIT_CANNOT_START
     assert "BATON_ALLOW_FAILPOINTS=1" in refused.stderr
+
+
+@pytest.mark.parametrize("service", ["prefill_service", "decode_service"])
+def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path: Path, service: str) -> None:
+    (tmp_path / "secret").write_text("s")
+    refused = subprocess.run(
+        [sys.executable, "-m", service, "--model", "/nowhere", "--worker-id", "w", "--log-format", "text",
+         "--log-level", "error", "--secret-file", str(tmp_path / "secret")],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert refused.returncode == EXIT_CANNOT_START
+    assert "/nowhere does not exist" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("service", ["prefill_service", "decode_service"])
+def test_help_names_every_setting(service: str) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", service, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    for flag in ("--model", "--secret-file", "--registry-dir", "--kv-memory", "--parent-fd", "--failpoints"):
+        assert flag in shown
 
 
 async def test_two_processes_with_a_real_model_give_bitwise_the_tokens_of_one(
