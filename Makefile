@@ -26,7 +26,7 @@ down: env ## stop what `make up` started
 	@$(PYTHON) -m baton down $(ARGS)
 
 test: env model ## every test but the soak
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -n $(TEST_WORKERS) --dist loadgroup -m "not soak" $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -n $(TEST_WORKERS) -m "not soak" $(ARGS)
 
 lint: env ## formatting, lint, types, layers
 	$(PYTHON) -m ruff format --check .

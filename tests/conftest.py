@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 _WITH_PROCESSES = {"integration", "e2e"}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep integration and end-to-end tests together on one pytest-xdist worker (`--dist loadgroup`)."""
-    root = Path(__file__).parent
-    for item in items:
-        if item.path.relative_to(root).parts[0] in _WITH_PROCESSES:
-            item.add_marker(pytest.mark.xdist_group("processes"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share out whole files, and keep all tests that start processes on one pytest-xdist worker.
+
+    xdist's own `--dist loadgroup` has no effect under pytest 9.2: it sets a node id that pytest no longer reads.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "processes" if _WITH_PROCESSES & set(file.split("/")) else file
+
+    return Scheduling(config, log)
 
 
 TINY_VOCAB_SIZE = 320

@@ -73,7 +73,7 @@ class RichReporter:
         self._progress.start()
 
     def say(self, text: str) -> None:
-        self._console.print(text, style="dim", markup=False)
+        self._console.print(text, style="dim", markup=False, soft_wrap=True)
 
     def update(self, views: Sequence[ProcessView]) -> None:
         for view in views:
@@ -83,7 +83,7 @@ class RichReporter:
 
     def ready(self, ready: Ready) -> None:
         self.close()
-        self._console.print(banner(ready), markup=False)
+        self._console.print(banner(ready), markup=False, soft_wrap=True)  # to be copied: no line breaks
 
     def close(self) -> None:
         self._progress.stop()
