@@ -189,6 +189,9 @@ def test_a_long_running_sequence_is_preempted_for_a_promise_that_waited():
     assert world.decode.counters.preemptions == 1
     world.settle()
     assert local.finished == remote.finished == {0}
+    for start in (1, 2):
+        world.add(prompt_of(5, start), SAMPLING)
+    world.settle()
     assert world.decode.counters.preemptions == 1, "patience starts anew once the promise is kept"
 
 
