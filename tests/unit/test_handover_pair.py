@@ -254,7 +254,7 @@ class HandoverPair(RuleBasedStateMachine):
         token=st.integers(1, 3),
         held=st.integers(0, 2),
         num_choices=st.integers(0, 2),
-        deadline_s=st.sampled_from([5.0, 30.0, 300.0]),
+        deadline_s=st.sampled_from([5.0, 30.0, 10_000.0]),
     )
     def ask(self, num_tokens: int, token: int, held: int, num_choices: int, deadline_s: float) -> None:
         tokens = [token] * num_tokens
@@ -500,7 +500,7 @@ def one_event(world: HandoverPair, walk: random.Random) -> None:
         case 0 if len(world.wants) < 4:
             held = walk.randrange(2)
             num_tokens = walk.randint(1 + held * BLOCK_SIZE, 22)
-            world.ask(num_tokens, walk.randint(1, 3), held, walk.randrange(3), walk.choice([30.0, 300.0]))
+            world.ask(num_tokens, walk.randint(1, 3), held, walk.randrange(3), walk.choice([30.0, 10_000.0]))
         case 1 if world.up:
             world.network_up(pick, fate)
         case 2 if world.down:
