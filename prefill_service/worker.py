@@ -30,6 +30,7 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
     await process.begin()
     replica = await process.load()
     if replica is None:
+        await process.end()
         return 0
     # 2. The engine on its thread; its steps arrive here.
     identity = replica.identity

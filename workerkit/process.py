@@ -94,23 +94,30 @@ class WorkerProcess:
         loop = asyncio.get_running_loop()
         loaded: asyncio.Future[Replica] = loop.create_future()
 
+        def tell(callback: Callable[..., None], *args: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: a drain did not wait for us
+                loop.call_soon_threadsafe(callback, *args)
+
         def on_progress(phase: LoadPhase, fraction: float) -> None:
-            loop.call_soon_threadsafe(self._note_progress, phase, fraction)
+            tell(self._note_progress, phase, fraction)
 
         def run() -> None:
             try:
                 replica = self._load(self._replica_spec(), on_progress)
             except BaseException as error:
-                loop.call_soon_threadsafe(_settle, loaded.set_exception, error, loaded)
+                tell(_settle, loaded.set_exception, error, loaded)
             else:
-                loop.call_soon_threadsafe(_settle, loaded.set_result, replica, loaded)
+                tell(_settle, loaded.set_result, replica, loaded)
 
         # A daemon: a drain while weights load must not wait for them.
         threading.Thread(target=run, name="load", daemon=True).start()
         drained = asyncio.create_task(self.drain_signal.wait())
         await asyncio.wait((loaded, drained), return_when=asyncio.FIRST_COMPLETED)
         drained.cancel()
-        return await loaded if loaded.done() else None
+        if not loaded.done():
+            loaded.cancel()  # nobody waits for it any more
+            return None
+        return await loaded
 
     def describe(self, replica: Replica, shared_memory_socket: str = "") -> pb.WorkerInfo:
         return worker_info(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import grpc.aio
 import pytest
 
+from decode_service.config import DecodeConfig
+from decode_service.worker import serve as serve_decode
+from engine.worker import LoadPhase, OnProgress, Replica, ReplicaSpec
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.protocol import baton_pb2_grpc as stubs
 from tests.workers_harness import BLOCK_SIZE, FakeModel, RunningWorker, Workers, gateway_to, until
-from workerkit.process import EXIT_ENGINE_FAILED
+from workerkit.process import EXIT_ENGINE_FAILED, WorkerProcess
 
 LOCAL = pb.DISAGGREGATION_NEVER
 LENGTHS = (1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 8, 31, 90)
@@ -343,3 +347,41 @@ async def test_both_roles_show_vllms_metrics_and_their_queues(workers: Workers) 
     labels = {"model_name": d.process.config.served_model_id, "engine": d.process.config.worker_id}
     assert d.metric("vllm:generation_tokens_total", **labels) == 8
     assert d.metric("vllm:request_success_total", finished_reason="finished", **labels) == 1
+
+
+async def test_probes_answer_with_the_phase_while_the_weights_load(tmp_path: Path, workers: Workers) -> None:
+    gate = threading.Event()
+
+    def load(spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
+        on_progress(LoadPhase.LOAD_WEIGHTS, 0.5)
+        assert gate.wait(20)
+        return FakeModel()(spec, on_progress)
+
+    config = DecodeConfig(model=tmp_path, worker_id="d", secret_file=workers.secret_file)
+    process = WorkerProcess(config, pb.ROLE_DECODE, load)
+    task = asyncio.create_task(serve_decode(config, process))
+    await until(lambda: process.health.phase == "load_weights")
+    report = process.health.report()
+    assert (process.health.is_live, process.health.is_ready, process.health.is_started) == (True, False, False)
+    assert report["state"] == "starting"
+    assert 0 < process.health.percent < 100
+    gate.set()
+    await until(lambda: process.health.is_ready)
+    process.drain_signal.request()
+    assert await task == 0
+
+
+async def test_a_drain_before_the_weights_are_there_does_not_wait_for_them(tmp_path: Path, workers: Workers) -> None:
+    gate = threading.Event()
+
+    def load(spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
+        gate.wait(20)
+        raise ValueError("never seen")
+
+    config = DecodeConfig(model=tmp_path, worker_id="d", secret_file=workers.secret_file)
+    process = WorkerProcess(config, pb.ROLE_DECODE, load)
+    task = asyncio.create_task(serve_decode(config, process))
+    await until(lambda: process.health.report()["state"] == "starting")
+    process.drain_signal.request()
+    assert await asyncio.wait_for(task, 5) == 0
+    gate.set()
