@@ -28,7 +28,7 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
     """The whole flow of the process; returns its exit status."""
     # 1. Answer probes, then load.
     await process.begin()
-    replica = await process.load()
+    replica = await process.load(max_held_tokens=config.max_held_tokens)
     if replica is None:
         await process.end()
         return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -89,8 +90,12 @@ class WorkerProcess:
         self._http = await start_http(health_app(self.health, self._render_metrics), *self.config.http)
         log.info("probes answer", extra={"http": f"{self._http.host}:{self._http.port}"})
 
-    async def load(self) -> Replica | None:
-        """Build the replica on a thread of its own; None if a drain was asked for before it was ready."""
+    async def load(self, **role_settings: Any) -> Replica | None:
+        """Build the replica on a thread of its own; None if a drain was asked for before it was ready.
+
+        `role_settings` are fields of ReplicaSpec that only one role has.
+        """
+        spec = dataclasses.replace(self._replica_spec(), **role_settings)
         loop = asyncio.get_running_loop()
         loaded: asyncio.Future[Replica] = loop.create_future()
 
@@ -103,7 +108,7 @@ class WorkerProcess:
 
         def run() -> None:
             try:
-                replica = self._load(self._replica_spec(), on_progress)
+                replica = self._load(spec, on_progress)
             except BaseException as error:
                 tell(_settle, loaded.set_exception, error, loaded)
             else:
