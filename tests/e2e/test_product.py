@@ -31,7 +31,7 @@ def service() -> Generator[Service]:
 @pytest.fixture(scope="module")
 def colocated() -> Generator[Service]:
     """One decode worker that prefills for itself, deterministic, with another chunk size and without prefix caching."""
-    engine = {"maxBatchedTokens": 64, "prefixCaching": False}
+    engine = {"maxBatchedTokens": 72, "maxNumSeqs": 8, "prefixCaching": False}
     with running_service(prefill=0, decode=1, disaggregation="Never", deterministic=True, engine=engine) as service:
         yield service
 
