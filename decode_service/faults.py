@@ -13,7 +13,7 @@ from servicekit.failpoints import Failpoints
 
 
 class FaultyPrefillClient(PrefillClient):
-    """Loses half of a block, or dies, as blocks arrive."""
+    """Loses half of a block, or dies, as blocks arrive; or comes with a ticket that was used before."""
 
     def __init__(
         self,
@@ -35,8 +35,12 @@ class _FaultyTransport:
         self.name = transport.name
         self._transport = transport
         self._failpoints = failpoints
+        self._last_ticket = b""
 
     async def open(self, ticket: bytes, boot_id: bytes) -> BlockPuller:
+        if self._failpoints.due("replay-ticket"):
+            ticket = self._last_ticket
+        self._last_ticket = ticket
         return _FaultyPuller(await self._transport.open(ticket, boot_id), self._failpoints)
 
     async def aclose(self) -> None:

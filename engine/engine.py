@@ -37,6 +37,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from engine.batch import Runner
+from engine.block_pool import BlockState
 from engine.config import EngineConfig
 from engine.errors import EngineDraining, PhaseConflict, RequestUnknown
 from engine.group import Group, Phase, ScheduledSequence
@@ -257,6 +258,7 @@ class Engine:
             num_promised=len(scheduler.remote) - num_filling,
             num_filling=num_filling,
             num_held_tokens=scheduler.num_held_tokens,
+            num_blocks_in={state.name.lower(): pool.count(state) for state in BlockState},
         )
 
     def drain(self) -> None:

@@ -6,6 +6,7 @@ much.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -199,6 +200,7 @@ class EngineLoad:
     num_promised: int
     num_filling: int
     num_held_tokens: int
+    num_blocks_in: Mapping[str, int]  # by state of the block pool; they add up to num_blocks_total
 
 
 @dataclass(slots=True)

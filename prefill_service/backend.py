@@ -74,6 +74,7 @@ class EngineBackend:
             engine.start_prefill(request, start.num_blocks_held, due)
 
         self._live.add(key)
+        self._failpoints.kill_if_due("kill-after-prompt-queued")
         self._engine.submit(begin).add_done_callback(lambda begun: self._on_begun(key, begun.exception()))
 
     def grant_credit(self, key: int, num_blocks: int) -> None:

@@ -9,7 +9,9 @@ from servicekit.failpoints import Failpoints
 
 
 class FaultyBlockSource(BlockSource):
-    """Flips a bit of a block right after it was published (so after its digest was taken), or dies then."""
+    """Flips a bit of a block, or raises its generation, right after it was published (so after its digest was taken),
+    or dies then.
+    """
 
     def __init__(self, memory: memoryview, block_bytes: int, boot_id: bytes, failpoints: Failpoints) -> None:
         super().__init__(memory, block_bytes, boot_id)
@@ -21,4 +23,6 @@ class FaultyBlockSource(BlockSource):
         for block in blocks:
             if self._failpoints.due("corrupt-published-block"):
                 self.block(block.block_id)[self.block_bytes // 2] ^= 1
+            if self._failpoints.due("stale-published-block"):
+                self.generation_table[block.block_id] = block.generation + 1
             self._failpoints.kill_if_due("kill-after-block-published")

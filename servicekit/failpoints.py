@@ -3,13 +3,16 @@
 Never active in a real service: the flag is refused unless the variable BATON_ALLOW_FAILPOINTS is 1. Each point is
 counted from 1 and acts once, at its k-th visit.
 
-    kill-after-token=k            SIGKILL itself after the k-th token left the engine
+    kill-after-prompt-queued=k    SIGKILL itself when the k-th prompt was queued, before its first chunk (P)
+    kill-after-token=k            ... after the k-th token left the engine
     kill-after-chunk=k            ... after the k-th engine step that computed prompt tokens
     kill-after-block-published=k  ... after the k-th KV block was published (P)
     kill-after-block-pulled=k     ... after the k-th KV block was pulled (D)
     kill-after-prefill-done=k     ... after the k-th prompt was computed, as its manifest goes out (P)
     corrupt-published-block=k     flip one bit of the k-th block after its digest was taken (P)
+    stale-published-block=k       announce the k-th block, then raise its generation as reuse does (P)
     truncate-pulled-block=k       lose the second half of the k-th block on its way (D)
+    replay-ticket=k               pull the k-th hand-over with the ticket of the one before it (D)
 """
 
 from __future__ import annotations
@@ -20,13 +23,16 @@ from collections.abc import Mapping
 
 ALLOW_VARIABLE = "BATON_ALLOW_FAILPOINTS"
 NAMES = (
+    "kill-after-prompt-queued",
     "kill-after-token",
     "kill-after-chunk",
     "kill-after-block-published",
     "kill-after-block-pulled",
     "kill-after-prefill-done",
     "corrupt-published-block",
+    "stale-published-block",
     "truncate-pulled-block",
+    "replay-ticket",
 )
 
 

@@ -32,6 +32,8 @@ class LoadFacts(Protocol):
     @property
     def num_held_tokens(self) -> int: ...
     @property
+    def num_blocks_in(self) -> Mapping[str, int]: ...
+    @property
     def prefill_tokens_per_s(self) -> float: ...
 
 
@@ -89,6 +91,9 @@ class EngineMetrics:
         )
         self._success = metrics.vllm_labelled_counter("request_success", "Requests ended.", ("finished_reason",))
         self._speed = metrics.gauge("baton_prefill_tokens_per_second", "Measured prefill speed; 0 while unknown.")
+        self._blocks = metrics.gauge(
+            "baton_kv_blocks", "KV blocks by state; at rest all are free or cached.", ("state",)
+        )
         self._waiting_tokens = metrics.gauge("baton_waiting_tokens", "Prompt tokens still to prefill.")
         info = metrics.gauge(
             "vllm:cache_config_info", "KV cache configuration.", ("block_size", "num_gpu_blocks", "cache_dtype")
@@ -114,6 +119,8 @@ class EngineMetrics:
         self._running.set(load.num_running)
         self._waiting.set(load.num_waiting)
         self._usage.set(1.0 - load.num_blocks_free / max(1, load.num_blocks_total))
+        for state, count in load.num_blocks_in.items():
+            self._blocks.labels(state=state).set(count)
         self._speed.set(load.prefill_tokens_per_s)
         self._waiting_tokens.set(load.num_waiting_tokens)
         self._queries.inc(max(0, counters.prompt_tokens - self._told["prompt_tokens"]))

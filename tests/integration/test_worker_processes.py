@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from kvtransfer.protocol import baton_pb2 as pb
-from tests.workers_harness import FakeModel, Workers, gateway_to, until
+from tests.metrics_text import Metrics
+from tests.workers_harness import PATIENCE_S, FakeModel, Workers, gateway_to, until
 from workerkit.process import EXIT_CANNOT_START
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,16 @@ class Process:
     async def ended(self) -> int:
         await until(lambda: self.popen.poll() is not None)
         return self.popen.returncode
+
+    def metrics(self) -> Metrics:
+        with urllib.request.urlopen(f"http://{self.entry['http']}/metrics", timeout=20) as answer:
+            return Metrics.parse(answer.read().decode())
+
+    async def at_baseline(self) -> None:
+        """Wait until every block is free or cached and no ticket is held."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not (await asyncio.to_thread(self.metrics)).is_at_rest:
+                await asyncio.sleep(0.05)
 
     def probe(self, path: str) -> int:
         try:
@@ -114,7 +125,7 @@ FAKE = ("--model", ".")
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
 @pytest.mark.parametrize(
     "point",
-    ["kill-after-chunk=1", "kill-after-chunk=2", "kill-after-block-published=1", "kill-after-block-published=9",
+    ["kill-after-prompt-queued=1", "kill-after-chunk=1", "kill-after-chunk=2", "kill-after-block-published=1", "kill-after-block-published=9",
      "kill-after-prefill-done=1"],
 )  # fmt: skip
 async def test_a_prefill_worker_killed_at_any_stage_costs_no_token_and_no_block(
@@ -147,6 +158,46 @@ async def test_a_decode_worker_killed_at_any_stage_leaves_no_block_pinned_at_its
         await gateway.start(PROMPT, [p.candidate])
         assert await victim.ended() == -signal.SIGKILL
     await p.at_baseline()
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+@pytest.mark.parametrize(
+    ("side", "fault", "reason"),
+    [
+        # Prompts have 15 blocks. No later chunk of P's own may read the damaged one: it is the last of the second.
+        ("prefill", "corrupt-published-block=30", "corrupt"),
+        ("prefill", "stale-published-block=22", "stale"),
+        ("decode", "truncate-pulled-block=22", "truncated"),
+        ("decode", "replay-ticket=2", "pull"),
+    ],
+)
+async def test_a_faulty_hand_over_never_yields_a_token(
+    processes: Processes, side: str, fault: str, reason: str, transport: str
+) -> None:
+    point = ("--failpoints", fault)
+    d_flags = ("--transports", transport, *(point if side == "decode" else ()))
+    p, good, d = await asyncio.gather(
+        processes.start("tests.fake_worker", "prefill", *FAKE, flags=point if side == "prefill" else ()),
+        processes.start("tests.fake_worker", "prefill", *FAKE),
+        processes.start("tests.fake_worker", "decode", *FAKE, flags=d_flags),
+    )
+    async with gateway_to(d) as gateway:
+        for number in range(4):
+            how = {"logs": ((), ()), "salt": b"%d" % number, "num_logprobs": 2}
+            remote = await gateway.ask(PROMPT, [p.candidate, good.candidate], **how)
+            stats = (await remote.end()).stats
+            local = await gateway.ask(PROMPT, disaggregation=LOCAL, **how | {"salt": b"local"})
+            assert remote.ids == local.ids
+            assert stats.prefill_path == "remote"
+            assert (stats.prefill_worker_id == good.entry["worker_id"]) == (number == 1)
+    told = await asyncio.to_thread(d.metrics)
+    assert told.value("baton_prefill_fallbacks_total", reason=reason) == 1
+    if reason != "pull":
+        assert told.value("baton_verification_failures_total", kind=reason) == 1
+    assert told.value("baton_transfers_total", outcome="failed") == 1
+    assert told.value("baton_transfers_total", outcome="committed") == 4
+    for process in (p, good, d):
+        await process.at_baseline()
 
 
 async def test_sigterm_removes_the_registry_file_and_ends_with_status_0(processes: Processes) -> None:

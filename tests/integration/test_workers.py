@@ -337,7 +337,7 @@ async def test_both_roles_show_vllms_metrics_and_their_queues(workers: Workers) 
     async with gateway_to(d) as gateway:
         await gateway.ask(prompt_of(20), [p.candidate])
     for worker, queues in (
-        (p, {"baton_prefill_queue_requests", "baton_prefill_held_requests"}),
+        (p, {"baton_prefill_queue_requests", "baton_prefill_held_requests", "baton_kv_blocks"}),
         (d, {"baton_decode_promised_requests", "baton_decode_filling_requests"}),
     ):
         await worker.at_baseline()
