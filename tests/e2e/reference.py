@@ -61,7 +61,7 @@ def _generate(gguf: Path) -> dict[str, str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    # transformers does not know the GGUF's pre-tokenizer "smollm" and takes GPT-2's, which joins digits (17 -> one piece).
+    # transformers does not know the GGUF's pre-tokenizer "smollm" and takes GPT-2's, which joins digits.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

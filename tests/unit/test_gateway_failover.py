@@ -76,7 +76,9 @@ async def test_a_lone_worker_that_restarts_is_found_again_and_continues(tmp_path
             async with FakeDecodeWorker("d0") as second:
                 announce(registry, second)
                 assert texts(await work) == whole
-                assert len(second.requests[0].choices[0].committed_token_ids) == 3
+                # How many of the first worker's three tokens got out before it was killed is the machine's choice.
+                assert second.requests[0].attempt == 2
+                assert len(second.requests[0].choices[0].committed_token_ids) <= 3
 
 
 async def test_a_live_stream_stays_in_use_when_the_registry_forgets_it(tmp_path: Path) -> None:
