@@ -19,7 +19,9 @@ Handler = Any
 """grpc.RpcMethodHandler"""
 
 if TYPE_CHECKING:
-    ServerInterceptor = grpc.aio.ServerInterceptor[Any, Any]
+
+    class ServerInterceptor:
+        """grpc.aio.ServerInterceptor, which has no hints."""
 else:
     ServerInterceptor = grpc.aio.ServerInterceptor
 
