@@ -24,7 +24,7 @@ from starlette.routing import Route, Router
 
 from gateway import dialect, responses
 from gateway.dialect import ChatBody, CompletionBody, DetokenizeBody, ModelLimits, TokenizeBody
-from gateway.errors import BodyTooLarge, GatewayError, InvalidRequest, NotFound, Unauthorized, Unavailable
+from gateway.errors import BodyTooLarge, BodyTooSlow, GatewayError, InvalidRequest, NotFound, Unauthorized, Unavailable
 from gateway.generation import Generation, GenerationRequest
 from gateway.http_protocol import ABORT
 from gateway.keys import ApiKeys, cache_salt
@@ -120,6 +120,16 @@ def build_app(gateway: Gateway, *, is_internal: bool = False) -> Edge:
     if is_internal:
         routes.append(Route("/internal/workers", simple.workers))
     return Edge(Router(routes, default=_not_found), gateway, is_internal)
+
+
+def build_starting_app(health: HealthState, render_metrics: Callable[[], bytes]) -> Router:
+    """What answers before the tokenizer is loaded: probes and metrics; else 503 and when to come back."""
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        error = Unavailable(f"this gateway is starting ({health.percent:g} %); send the request again")
+        await send_json(send, error.status, error.body(), error_headers(error))
+
+    return Router(health_routes(health, render_metrics), default=refuse)
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
@@ -239,7 +249,7 @@ async def read_json(scope: Scope, receive: Receive) -> Any:
                     raise BodyTooLarge(f"body: more than {MAX_BODY_BYTES} bytes; send a shorter prompt")
                 more = message.get("more_body", False)
     except TimeoutError as error:
-        raise InvalidRequest(f"body: not complete after {BODY_TIMEOUT_S:g} s") from error
+        raise BodyTooSlow(f"body: not complete after {BODY_TIMEOUT_S:g} s; send it faster") from error
     try:
         return orjson.loads(b"".join(parts))
     except orjson.JSONDecodeError as error:

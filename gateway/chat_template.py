@@ -22,6 +22,7 @@ from jinja2.utils import Namespace
 from gateway.errors import InvalidRequest
 
 CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+_TEXT_PARTS = {"text": "text", "input_text": "text", "refusal": "refusal"}  # type of a part: where its text is
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -81,7 +82,9 @@ class ChatTemplate:
 
 
 def flatten_content(content: Any) -> Any:
-    """A list of text parts as one string, as vLLM does for templates that expect a string."""
+    """Content as one string, as vLLM does for templates that expect one: parts joined, nothing as the empty text."""
+    if content is None:
+        return ""
     return "\n".join(map(_text_of_part, cast("list[Any]", content))) if isinstance(content, list) else content
 
 
@@ -90,12 +93,17 @@ def _text_of_part(part: Any) -> str:
         return part
     fields = cast("dict[str, Any]", part) if isinstance(part, dict) else {}
     kind = fields.get("type")
-    if kind not in ("text", "input_text", "refusal"):
+    if not isinstance(kind, str) or kind not in _TEXT_PARTS:
         raise InvalidRequest(
             f"messages: content part of type {kind!r} is not supported by this model; send text parts only",
             param="messages",
         )
-    return str(fields.get("text") or fields.get("refusal") or "")
+    text = fields.get(_TEXT_PARTS[kind])
+    if not isinstance(text, str):
+        raise InvalidRequest(
+            f"messages: content part of type {kind!r} needs the string {_TEXT_PARTS[kind]!r}", param="messages"
+        )
+    return text
 
 
 def _with_reasoning_aliases(message: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -128,6 +128,18 @@ class SamplingBody(_Body):
         return self
 
 
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """What every template relies on: a role, and content that is text. Raises: ValueError naming message and field."""
+    for number, message in enumerate(messages):
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"messages.{number}.role: a string is required (got {_shown(message.get('role'))})")
+        content = message.get("content")
+        if content is not None and not isinstance(content, str | list):
+            raise ValueError(
+                f"messages.{number}.content: a string or a list of text parts is required (got {_shown(content)})"
+            )
+
+
 class ChatBody(SamplingBody):
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
@@ -148,9 +160,7 @@ class ChatBody(SamplingBody):
             if "add_generation_prompt" in self.model_fields_set:
                 raise ValueError("continue_final_message: cannot be true together with add_generation_prompt")
             self.add_generation_prompt = False
-        for number, message in enumerate(self.messages):
-            if not isinstance(message.get("role"), str):
-                raise ValueError(f"messages.{number}.role: a string is required")
+        check_messages(self.messages)
         return self
 
     @property
@@ -160,6 +170,10 @@ class ChatBody(SamplingBody):
     @property
     def wanted_tokens(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def wanted_name(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
 
 class CompletionBody(SamplingBody):
@@ -194,6 +208,10 @@ class CompletionBody(SamplingBody):
     def wanted_tokens(self) -> int | None:
         return self.max_tokens
 
+    @property
+    def wanted_name(self) -> str:
+        return "max_tokens"
+
 
 class TokenizeBody(_Body):
     """One of prompt and messages."""
@@ -211,6 +229,7 @@ class TokenizeBody(_Body):
     def _one_of(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("prompt: send either prompt or messages")
+        check_messages(self.messages or ())
         return self
 
 
@@ -220,6 +239,13 @@ class DetokenizeBody(_Body):
 
 
 B = TypeVar("B", bound=_Body)
+
+# pydantic's words that name no limit, or a class of ours
+_SAID_BETTER: Final[Mapping[str, str]] = {
+    "int_parsing_size": "Input should be an integer of at most 64 bits",
+    "model_type": "Input should be an object",
+    "dict_type": "Input should be an object",
+}
 
 
 def parse(kind: type[B], data: Any) -> tuple[B, list[str]]:
@@ -237,7 +263,9 @@ def parse(kind: type[B], data: Any) -> tuple[B, list[str]]:
     for name, value in extra.items():
         harmless = UNSUPPORTED.get(name)
         if harmless is not None and value not in harmless:
-            raise InvalidRequest(f"{name}: not supported by this server yet; leave it out", param=name)
+            raise InvalidRequest(
+                f"{name}: not supported by this server yet (got {_shown(value)}); leave it out", param=name
+            )
     return body, sorted(name for name in extra if name not in UNSUPPORTED)
 
 
@@ -251,9 +279,15 @@ def _explain(error: ValidationError) -> InvalidRequest:
         message = str(problem["ctx"]["error"]) if "ctx" in problem else problem["msg"]
         return InvalidRequest(message, param=message.split(":")[0].split(".")[0])
     place = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
-    value = repr(problem["input"])
-    shown = "" if problem["type"] == "missing" else f" (got {value if len(value) <= 80 else value[:77] + '...'})"
-    return InvalidRequest(f"{place}: {problem['msg']}{shown}", param=str(problem["loc"][0]) if problem["loc"] else None)
+    shown = "" if problem["type"] == "missing" else f" (got {_shown(problem['input'])})"
+    said = _SAID_BETTER.get(problem["type"], problem["msg"])
+    return InvalidRequest(f"{place}: {said}{shown}", param=str(problem["loc"][0]) if problem["loc"] else None)
+
+
+def _shown(value: object) -> str:
+    """The client's value, cut: an error is no place for a whole prompt."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _is_branch(part: int | str) -> bool:
@@ -278,7 +312,7 @@ def sampling_of(
     max_tokens = _max_tokens(body, num_prompt_tokens, limits)
     if body.min_tokens > max_tokens:
         raise InvalidRequest(
-            f"min_tokens: {body.min_tokens} exceeds max_tokens {max_tokens}; lower it", param="min_tokens"
+            f"min_tokens: {body.min_tokens} exceeds {body.wanted_name} {max_tokens}; lower it", param="min_tokens"
         )
     defaults = limits.defaults
     temperature = _first(body.temperature, defaults.temperature, 1.0)
@@ -335,9 +369,9 @@ def _max_tokens(body: ChatBody | CompletionBody, num_prompt_tokens: int, limits:
         return min(room, limits.defaults.max_new_tokens or room)
     if wanted > room:
         raise InvalidRequest(
-            f"max_tokens: {num_prompt_tokens} prompt tokens + {wanted} exceed the model's maximum of"
+            f"{body.wanted_name}: {num_prompt_tokens} prompt tokens + {wanted} exceed the model's maximum of"
             f" {limits.max_model_len}; ask for at most {room}",
-            param="max_tokens",
+            param=body.wanted_name,
         )
     return wanted
 

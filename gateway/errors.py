@@ -5,6 +5,7 @@
     │   ├── InvalidRequest       400  names field, value, limit
     │   ├── Unauthorized         401
     │   ├── NotFound             404
+    │   ├── BodyTooSlow          408
     │   ├── BodyTooLarge         413
     │   └── Quarantined          500  three workers died while running this request
     └── retryable (Retry-After, retry-after-ms)
@@ -54,6 +55,11 @@ class Unauthorized(GatewayError):
 class NotFound(GatewayError):
     status = 404
     type = "NotFoundError"
+
+
+class BodyTooSlow(GatewayError):
+    status = 408
+    type = "RequestTimeoutError"
 
 
 class BodyTooLarge(GatewayError):

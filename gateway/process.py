@@ -15,7 +15,7 @@ from typing import Any
 
 import modelfiles
 from gateway.admission import Admission, AdmissionLimits
-from gateway.app import Gateway, build_app
+from gateway.app import Gateway, build_app, build_starting_app
 from gateway.config import Disaggregation, GatewayConfig
 from gateway.dialect import ModelLimits
 from gateway.discovery import Discovery
@@ -27,7 +27,7 @@ from gateway.text import TextService
 from gateway.worker_pool import WorkerPool
 from kvtransfer.protocol import baton_pb2 as pb
 from servicekit import lifecycle, logs
-from servicekit.health import HealthState, HttpServer, Phase, health_app, start_http
+from servicekit.health import HealthState, HttpServer, Phase, start_http
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ async def start(config: GatewayConfig) -> tuple[Gateway, HttpServer, Callable[[]
     """
     health = HealthState(PHASES)
     metrics = GatewayMetrics(config.model_id or config.model.stem)
-    front = _Front(health_app(health, metrics.render))
+    front = _Front(build_starting_app(health, metrics.render))
     server = await _listen(front, config.http, config.max_connections)
     health.enter("load_tokenizer")
     try:
@@ -146,7 +146,7 @@ async def drain_requests(gateway: Gateway, timeout_s: float) -> None:
 
 
 class _Front:
-    """What the listener serves: health alone first, the whole application once it is loaded."""
+    """What the listener serves: probes first, the whole application once it is loaded."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

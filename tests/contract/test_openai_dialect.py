@@ -359,6 +359,28 @@ async def test_token_ids_are_returned_if_asked(harness: Harness) -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed when stream is true"),
         ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
         ({"seed": "x"}, "seed", "valid integer"),
+        ({"seed": 2**64}, "seed", "at most 64 bits"),
+        ({"max_tokens": 10**30}, "max_tokens", "at most 64 bits"),
+        ({"temperature": "hot"}, "temperature", r"valid number.*\(got 'hot'\)"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty", "greater than or equal to -2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+        ({"prompt": "x" * 2049}, "prompt", "2049 tokens leave no room in the model's maximum of 2048"),
+        ({"prompt": "x" * 2047, "max_tokens": 2}, "max_tokens", r"2047 prompt tokens \+ 2 .*at most 1"),
+        ({"prompt": [[]]}, "prompt", "no tokens"),
+        ({"prompt": [-1]}, "prompt", r"prompt\.0: .*greater than or equal to 0"),
+        ({"prompt": [2**40]}, "prompt", "less than 4294967296"),
+        ({"prompt": 5}, "prompt", r"\(got 5\)"),
+        ({"stop": "x" * 1025}, "stop", "at most 1024 characters"),
+        ({"stop": 5}, "stop", r"\(got 5\)"),
+        ({"stop_token_ids": [1] * 129}, "stop_token_ids", "at most 128 items"),
+        ({"logprobs": -1}, "logprobs", "greater than or equal to 0"),
+        ({"stream": "maybe"}, "stream", "valid boolean"),
+        ({"stream": True, "stream_options": 5}, "stream_options", r"should be an object \(got 5\)"),
+        ({"user": 5}, "user", "valid string"),
+        ({"cache_salt": ""}, "cache_salt", "at least 1 character"),
+        ({"request_id": "x" * 129}, "request_id", "at most 128 characters"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "greater than or equal to 1"),
+        ({"tools": [{"x": 1}]}, "tools", r"not supported by this server yet \(got \[\{'x': 1\}\]\); leave it out"),
     ],
 )  # fmt: skip
 async def test_a_bad_value_is_a_400_that_names_it(
@@ -374,26 +396,49 @@ async def test_a_bad_value_is_a_400_that_names_it(
 
 
 @pytest.mark.parametrize(
-    ("body", "param"),
+    ("body", "param", "words"),
     [
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user", "content": "x"}] * 1025}, "messages"),
-        ({"messages": [{"content": "x"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
-        ({"top_logprobs": 1}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": [{"role": "user", "content": "x"}] * 1025}, "messages", "at most 1024 items .*1025"),
+        ({"messages": [{"content": "x"}]}, "messages", r"messages\.0\.role: a string is required"),
+        ({"messages": [*MESSAGES, {"role": 5}]}, "messages", r"messages\.1\.role: .*\(got 5\)"),
+        ({"messages": ["x"]}, "messages", r"messages\.0: Input should be an object \(got 'x'\)|valid dictionary"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages", r"messages\.0\.content: a string or .*\(got 5\)"),
+        ({"messages": [{"role": "user", "content": {}}]}, "messages", r"messages\.0\.content: a string or"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "'image_url' is not"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages", "'text' needs the string 'text'"),
+        ({"messages": [{"role": "user", "content": [{"type": []}]}]}, "messages", "not supported"),
+        ({"max_completion_tokens": 4096}, "max_completion_tokens", "max_completion_tokens: .* exceed .* of 2048"),
+        ({"max_completion_tokens": 3, "min_tokens": 4}, "min_tokens", "4 exceeds max_completion_tokens 3"),
+        ({"top_logprobs": 1}, "top_logprobs", "1 needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"logprobs": 5}, "logprobs", "valid boolean"),
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs", r"should be an object \(got 5\)|valid dictionary"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "together"),
     ],
 )  # fmt: skip
-async def test_a_bad_chat_is_a_400_that_names_it(harness: Harness, body: dict[str, Any], param: str) -> None:
+async def test_a_bad_chat_is_a_400_that_names_it(
+    harness: Harness, body: dict[str, Any], param: str, words: str
+) -> None:
     response = await harness.chat(**body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+    assert re.search(words, response.json()["error"]["message"]), response.json()["error"]["message"]
+    assert harness.worker.requests == []
+
+
+async def test_a_message_without_content_is_an_empty_one(harness: Harness) -> None:
+    """Assistants that called tools have none; OpenAI's own clients send null."""
+    for message in ({"role": "assistant", "content": None}, {"role": "assistant"}, {"role": "user", "content": []}):
+        assert (await harness.chat(messages=[*MESSAGES, message])).status_code == 200
+    assert len({tuple(request.prompt_token_ids) for request in harness.worker.requests[:2]}) == 1
 
 
 async def test_limits_let_their_last_value_in(harness: Harness) -> None:
     bodies: list[dict[str, Any]] = [
         {"n": 8}, {"stop": ["never"] * 16}, {"logprobs": 20}, {"max_tokens": 2043}, {"prompt": ["x"] * 128},
+        {"prompt": "x" * 2047, "max_tokens": 1}, {"seed": 2**64 - 1}, {"seed": -(2**63)}, {"prompt": [319]},
+        {"stop": "x" * 1024}, {"stop_token_ids": [1] * 128}, {"cache_salt": "x" * 256}, {"prompt": "a\0b"},
     ]  # fmt: skip
     for body in bodies:
         assert (await harness.complete(**body)).status_code == 200
@@ -432,7 +477,15 @@ async def test_routing_fields_of_a_client_are_not_honoured(harness: Harness) -> 
     assert harness.worker.requests[-1].disaggregation == pb.DISAGGREGATION_AUTO
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'"x"', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "temperature": NaN}', b'{"prompt": "x", "temperature": 1e999}', b"\x1f\x8b",
+        b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+    ],
+    ids=lambda data: repr(data[:24]),
+)  # fmt: skip
 async def test_a_body_that_is_no_json_object_is_a_400(harness: Harness, data: bytes) -> None:
     response = await harness.http.post("/v1/completions", content=data)
     assert response.status_code == 400
