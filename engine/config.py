@@ -7,6 +7,8 @@ from enum import Enum
 
 from engine.errors import ConfigInvalid
 
+DEFAULT_CHUNK_SIZE = 64
+
 
 class PolicyName(Enum):
     """How prompts are cut into steps (engine/policy.py)."""
@@ -37,7 +39,7 @@ class EngineConfig:
     max_model_len: int = 2048
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
-    chunk_size: int = 64
+    chunk_size: int = DEFAULT_CHUNK_SIZE
     eos_token_ids: tuple[int, ...] = ()
     prefix_caching: bool = True
     cache_namespace: bytes = b""

@@ -196,8 +196,7 @@ class Scheduler:
             self._plan_prompt(plan, sequence, sequence.target)
         if self._prompts:
             self._start_prompts(plan)
-        for group in sorted(self.transfers.values(), key=self._prompts.urgency):
-            self._plan_prompt(plan, group.leader, self._credited_end(group))
+        self._plan_transfers(plan)
         if self._waiting:
             self._admit(plan)
         if self.prefilling and not plan.decodes and not plan.prompts:
@@ -319,8 +318,21 @@ class Scheduler:
             self._start_prompt(group)
             plan.started.append(group)
 
+    def _plan_transfers(self, plan: Plan) -> None:
+        """The most urgent first: it overtakes a longer one in progress at that one's next chunk.
+
+        A step that completes a prompt ends there once it is a chunk long: filling it up would keep the finished prompt
+        waiting and gain no throughput.
+        """
+        for group in sorted(self.transfers.values(), key=self._prompts.urgency):
+            self._plan_prompt(plan, group.leader, self._credited_end(group))
+            is_completed = bool(plan.prompts) and plan.prompts[-1] == (group.leader, group.leader.target)
+            if is_completed and self._config.max_num_batched_tokens - plan.budget >= self._config.chunk_size:
+                return
+
     def _may_start(self, group: Group) -> bool:
-        begun = self.transfers.values()
+        """Whether enough prompts are begun already, counting only those that run before this one."""
+        begun = [each for each in self.transfers.values() if self._prompts.urgency(each) < self._prompts.urgency(group)]
         if sum(each.credit == 0 for each in begun) >= MAX_UNCREDITED_PROMPTS:
             return False
         credited = sum(each.leader.num_prompt_tokens - each.leader.num_computed_tokens for each in begun if each.credit)

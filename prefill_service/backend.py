@@ -20,15 +20,13 @@ from engine.messages import (
 )
 from kvtransfer import prefill_server as wire
 from kvtransfer.protocol import baton_pb2 as pb
+from prefill_service.urgency import due_in_s
 from servicekit.failpoints import Failpoints
 from workerkit.engine_client import EngineClient, StepEvents
 from workerkit.messages import first_token_messages, sampling_params, worker_load
 from workerkit.metrics import EngineMetrics
 
 log = logging.getLogger(__name__)
-
-DEFAULT_TTFT_S = 2.0
-"""When a prompt without objective is due, for the order of the queue."""
 
 _FAILURES = {
     EndReason.DEADLINE: pb.PREFILL_FAILURE_DEADLINE,
@@ -68,7 +66,7 @@ class EngineBackend:
             cache_salt=start.cache_salt,
             deadline=now + start.deadline_s,
         )
-        due = now + (start.ttft_left_s or DEFAULT_TTFT_S)
+        due = now + due_in_s(len(start.token_ids), self._engine.load.prefill_tokens_per_s, start.ttft_left_s)
 
         def begin(engine: Engine) -> None:
             engine.start_prefill(request, start.num_blocks_held, due)

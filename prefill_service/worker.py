@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 
+from engine.config import DEFAULT_CHUNK_SIZE
 from engine.worker import KV_DTYPE
 from kvtransfer import rpc
 from kvtransfer.prefill_server import PrefillServer
@@ -28,7 +29,7 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
     """The whole flow of the process; returns its exit status."""
     # 1. Answer probes, then load.
     await process.begin()
-    replica = await process.load(max_held_tokens=config.max_held_tokens)
+    replica = await process.load(max_held_tokens=config.max_held_tokens, max_num_batched_tokens=step_tokens(config))
     if replica is None:
         await process.end()
         return 0
@@ -77,6 +78,11 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
     await process.end()
     await engine.stop()
     return status
+
+
+def step_tokens(config: PrefillConfig) -> int:
+    """The least that an engine accepts is room for a batch of decodes and a chunk, though none decodes here."""
+    return max(config.max_num_batched_tokens, config.max_num_seqs + DEFAULT_CHUNK_SIZE)
 
 
 def offers_shared_memory(config: PrefillConfig) -> bool:

@@ -301,6 +301,43 @@ def test_prompts_are_reserved_only_a_little_ahead_of_what_is_computed():
     assert started(engine) == [3]
 
 
+def test_a_more_urgent_prompt_overtakes_a_long_one_in_progress():
+    engine, _ = make_engine()
+    watch = Watch(engine)
+    prefill(engine, 1, 64, due=9.0)
+    engine.step()
+    prefill(engine, 2, 8, due=1.0)
+    assert started(engine) == [2], "however much of the long one is left"
+    engine.step()
+    assert watch.spans == [[(1, 0, 24)], [(2, 0, 8)], [(1, 24, 48)]], (
+        "and a step ends with the prompt that it completes"
+    )
+
+
+def test_prompts_shorter_than_a_chunk_share_a_step():
+    engine, _ = make_engine()
+    watch = Watch(engine)
+    for key in (1, 2, 3):
+        prefill(engine, key, 4, due=float(key))
+    engine.step()
+    assert watch.spans == [[(1, 0, 4), (2, 0, 4)]]
+
+
+def test_a_long_prompt_is_overtaken_only_until_newcomers_are_due_after_it():
+    clock = FakeClock()
+    engine, _ = make_engine(clock, num_blocks=64)
+    watch = Watch(engine)
+    prefill(engine, 1, 64, due=10.0)
+    for key in range(2, 40):
+        clock.now = float(key)
+        prefill(engine, key, 8, due=clock.now + 1.0)
+        engine.step()
+        engine.release_transfer(key, ok=True)
+        if any(spans[0][0] == 1 for spans in watch.spans):
+            break
+    assert key <= 7, "7 + 1 + 7 / 2 is later than 10"
+
+
 def test_published_and_unreleased_tokens_are_capped():
     engine, _ = make_engine(max_held_tokens=24)
     for key in (1, 2):
