@@ -43,6 +43,10 @@ class TransferState(Enum):
     FAILED = "failed"
 
 
+REPORT_S = 1.0
+REPORT_BLOCKS = 16
+"""Verified blocks that one acknowledgement, or one more credit, tells of while others are still under way."""
+
 _S = TransferState
 _TRANSITIONS: dict[TransferState, frozenset[TransferState]] = {
     _S.PROMISED: frozenset({_S.RESERVING, _S.FAILED}),
@@ -152,6 +156,8 @@ class _Transfer:
     refs: dict[int, pb.BlockRef] = field(default_factory=dict[int, pb.BlockRef])
     verified: set[int] = field(default_factory=set[int])
     num_granted: int = 0
+    num_acknowledged: int = 0
+    acknowledged_at: float = 0.0
     manifest: pb.Manifest | None = None
     manifest_at: float = 0.0
     failure: TransferFailure | None = None
@@ -257,6 +263,7 @@ class DecodeSide:
         if transfer is None or transfer.state is not _S.RESERVING:
             return self._ignore("late_reservation")
         self._enter(transfer, _S.FILLING, now + self._limits.progress_s)
+        transfer.acknowledged_at = now
         return self._grant(transfer)
 
     def reservation_refused(self, transfer_id: int, failure: TransferFailure, now: float) -> list[Action]:
@@ -278,7 +285,9 @@ class DecodeSide:
         except _Refused as refused:
             return self._give_up(transfer, refused.failure, tell_peer=True)
         self._renew(transfer, now)
-        return [*self._acknowledge(transfer), *self._grant(transfer), *self._commit_if_complete(transfer, now)]
+        if ended := self._commit_if_complete(transfer, now):
+            return ended  # the release says all that an acknowledgement would
+        return [*self._acknowledge(transfer, now), *self._grant(transfer)]
 
     def pull_stopped(self, transfer_id: int, failure: TransferFailure | None, now: float) -> list[Action]:
         """The pull let go of the destinations: as asked (`failure` None), or because it failed."""
@@ -489,12 +498,25 @@ class DecodeSide:
         granted = min(transfer.num_blocks, len(transfer.verified) + window)
         if granted == transfer.num_granted and transfer.num_blocks > 0:  # a credit of 0 still says "go"
             return []
+        is_small = granted - transfer.num_granted < min(window // 4, REPORT_BLOCKS)
+        if transfer.num_granted and is_small and granted < transfer.num_blocks and transfer.is_pulling:
+            return []  # the rest of the window keeps P busy meanwhile
         transfer.num_granted = granted
         return [Send(pb.PrefillUp(credit=pb.GrantCredit(ticket=transfer.ticket, num_blocks=granted)))]
 
-    def _acknowledge(self, transfer: _Transfer) -> list[Action]:
-        acknowledge = pb.AcknowledgeBlocks(ticket=transfer.ticket, num_blocks=len(transfer.verified))
-        return [Send(pb.PrefillUp(acknowledge=acknowledge))]
+    def _acknowledge(self, transfer: _Transfer, now: float) -> list[Action]:
+        """Once for REPORT_BLOCKS, each REPORT_S on a slow wire, and when nothing is under way.
+
+        Each message costs both event loops a turn; P's patience is ten times REPORT_S.
+        """
+        num_verified = len(transfer.verified)
+        is_early = (
+            num_verified - transfer.num_acknowledged < REPORT_BLOCKS and now < transfer.acknowledged_at + REPORT_S
+        )
+        if transfer.is_pulling and is_early:
+            return []
+        transfer.num_acknowledged, transfer.acknowledged_at = num_verified, now
+        return [Send(pb.PrefillUp(acknowledge=pb.AcknowledgeBlocks(ticket=transfer.ticket, num_blocks=num_verified)))]
 
     def _pull(self, transfer: _Transfer, refs: Iterable[pb.BlockRef]) -> Pull:
         blocks = tuple(SourceBlock(ref.index, ref.block_id, ref.generation) for ref in refs)

@@ -3,8 +3,7 @@
 P serves it on the same grpc.aio server as its control stream. D reads it with a synchronous channel of its own (its own
 TCP connection, so that KV never delays a control message) on a thread of its own, which also takes the digest.
 
-The settings below were chosen by measurement (bench/transfer.py, docs/log.md): the bandwidth-delay probe costs a third
-of the throughput on loopback, reads and frames of a megabyte save wake-ups, and the window holds the whole credit.
+Piece size and channel options (rpc.DATA_OPTIONS) were chosen by measurement: docs/log.md, "gRPC: pieces and options".
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from kvtransfer.auth import Secret
 from kvtransfer.errors import BlockNotPublished, PullError, TicketRefused, TransportLost
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.transport import (
-    MAX_PIECE_BYTES,
     BlockPuller,
     BlockRead,
     BlockSource,
@@ -34,6 +32,20 @@ from kvtransfer.transport import (
 
 _METHOD = "/baton.v1.PrefillWorker/Pull"
 _WANT_BLOCKS_PER_MESSAGE = 4096
+
+TARGET_PIECE_BYTES = 384 << 10
+"""Measured (docs/log.md, "gRPC: pieces and options"): smaller ones cost more per message, larger ones more per byte (grpc
+copies a message several times in each process), and unequal ones most: P's processor time tripled."""
+
+
+def piece_bytes(block_bytes: int) -> int:
+    """Length of each piece of a block but the last: as even as whole cache lines allow."""
+    num_pieces = -(-block_bytes // TARGET_PIECE_BYTES)
+    even = -(-block_bytes // num_pieces)
+    return -(-even // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES
+
+
+_CACHE_LINE_BYTES = 64
 
 
 def _identity(message: bytes) -> bytes:
@@ -74,10 +86,9 @@ class GrpcBlockServer:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
     def _pieces(self, ticket: bytes, index: int) -> Iterator[bytes]:
-        block_bytes = self._source.block_bytes
-        for offset in range(0, block_bytes, MAX_PIECE_BYTES):
-            length = min(MAX_PIECE_BYTES, block_bytes - offset)
-            yield self._source.read_frame(ticket, index, offset, length)
+        block_bytes, length = self._source.block_bytes, piece_bytes(self._source.block_bytes)
+        for offset in range(0, block_bytes, length):
+            yield self._source.read_frame(ticket, index, offset, min(length, block_bytes - offset))
 
 
 # ---------------------------------------------------------------- D

@@ -268,6 +268,7 @@ class _Fetch:
     wanted: asyncio.Queue[tuple[SourceBlock, ...]] = field(default_factory=asyncio.Queue[tuple[SourceBlock, ...]])
     pulling: asyncio.Task[None] | None = None
     arrived: deque[ArrivedBlock] = field(default_factory=deque[ArrivedBlock])  # filled by the transport's thread
+    is_told: bool = False  # that blocks arrived; the loop has not looked yet
     transport: str = ""
     pull_s: float = 0.0
     num_bytes: int = 0
@@ -496,12 +497,15 @@ class _Session:
         def on_read(read: BlockRead) -> None:
             destination = fetch.destinations[read.index - fetch.order.num_blocks_held]
             fetch.arrived.append(ArrivedBlock(read, block_digest(destination)))
-            self._loop.call_soon_threadsafe(self._take_arrived, transfer_id, fetch)
+            if not fetch.is_told:  # else the loop still has to look, and takes this block along
+                fetch.is_told = True
+                self._loop.call_soon_threadsafe(self._take_arrived, transfer_id, fetch)
 
         return on_read
 
     def _take_arrived(self, transfer_id: int, fetch: _Fetch) -> None:
         """All that arrived since the last look: one acknowledgement for as many as came."""
+        fetch.is_told = False  # before the look: what arrives from here on tells again
         arrived = [fetch.arrived.popleft() for _ in range(len(fetch.arrived))]
         if arrived:
             fetch.num_bytes += sum(block.read.num_bytes for block in arrived)

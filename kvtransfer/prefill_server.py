@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, assert_never
@@ -42,6 +42,9 @@ from kvtransfer.transport import BlockSource
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
+DIGEST_GROUP_BLOCKS = 4
+"""Blocks published together: D copies these while the digests of the next are taken. With the 12 blocks of a chunk
+in one group, D waits for all their digests before its first byte."""
 MAX_QUEUED_MESSAGES = 65_536
 """Messages that one D may leave unread before its stream is ended."""
 
@@ -268,19 +271,17 @@ class PrefillServer:
     def _digest_and_apply(self, events: Sequence[BackendEvent]) -> None:
         """On the digest thread."""
         try:
-            applied = [(event, self._digests.ready(event)) for event in events]
-            self._loop.call_soon_threadsafe(self._apply, applied)
+            for event in _in_groups(events):
+                self._loop.call_soon_threadsafe(self._apply, event, self._digests.ready(event))
         except RuntimeError:
             log.debug("engine events after the loop was closed")
 
-    def _apply(self, events: Sequence[tuple[BackendEvent, list[ReadyBlock]]]) -> None:
-        now = self._loop.time()
-        for event, blocks in events:
-            session = self._by_key.get(event.key)
-            if session is None:
-                self.ignored["late_engine_event"] += 1
-                continue
-            self._perform(session, _tell(session.side, event, blocks, now))
+    def _apply(self, event: BackendEvent, blocks: list[ReadyBlock]) -> None:
+        session = self._by_key.get(event.key)
+        if session is None:
+            self.ignored["late_engine_event"] += 1
+            return
+        self._perform(session, _tell(session.side, event, blocks, self._loop.time()))
 
     # ------------------------------------------------------------ actions
 
@@ -305,6 +306,16 @@ class PrefillServer:
                     self._backend.release(action.key, action.ok)
                 case _:
                     assert_never(action)
+
+
+def _in_groups(events: Sequence[BackendEvent]) -> Iterator[BackendEvent]:
+    """The same events, in order, with blocks in groups that are digested and published together."""
+    for event in events:
+        if not isinstance(event, BlocksFilled):
+            yield event
+            continue
+        for first in range(0, len(event.blocks), DIGEST_GROUP_BLOCKS):
+            yield BlocksFilled(event.key, event.blocks[first : first + DIGEST_GROUP_BLOCKS])
 
 
 def _tell(side: PrefillSide, event: BackendEvent, blocks: list[ReadyBlock], now: float) -> list[PrefillAction]:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from kvtransfer.decode_side import (
+    REPORT_BLOCKS,
+    REPORT_S,
     Action,
     ArrivedBlock,
     Commit,
@@ -128,6 +130,24 @@ def test_a_whole_transfer_step_by_step() -> None:
     assert commit.transfer_s == pytest.approx(0.1)
     assert [t.token_id for t in commit.first_tokens] == [9]
     assert side.num_transfers == 0
+
+
+def test_acknowledgements_come_in_groups_while_blocks_are_under_way_and_once_a_second_at_least() -> None:
+    side = make()
+    side.start(order(4 * 4 * REPORT_BLOCKS), 0.0)
+    side.handle(queued(), 0.0)
+    side.handle(starting(4 * REPORT_BLOCKS), 0.0)
+    side.reserved(1, 0.0)
+    side.handle(published(*(ref(i) for i in range(2 * REPORT_BLOCKS))), 0.0)
+
+    def acknowledged(index: int, now: float) -> list[int]:
+        sent = [a.message for a in side.blocks_read(1, [arrived(index)], now) if isinstance(a, Send)]
+        return [m.acknowledge.num_blocks for m in sent if m.WhichOneof("kind") == "acknowledge"]
+
+    assert [acknowledged(i, 0.1) for i in range(REPORT_BLOCKS)] == [[]] * (REPORT_BLOCKS - 1) + [[REPORT_BLOCKS]]
+    assert acknowledged(REPORT_BLOCKS, 0.1 + REPORT_S) == [REPORT_BLOCKS + 1]
+    rest = [acknowledged(i, 0.2 + REPORT_S) for i in range(REPORT_BLOCKS + 1, 2 * REPORT_BLOCKS)]
+    assert rest == [[]] * (REPORT_BLOCKS - 2) + [[2 * REPORT_BLOCKS]]  # nothing is under way any more
 
 
 def test_credit_outstanding_stays_within_the_byte_limit() -> None:
