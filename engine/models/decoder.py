@@ -57,7 +57,7 @@ class DecoderOps(Protocol[PackedIn]):
         ...
 
 
-def decode(config: ModelConfig, weights: DecoderWeights[Packed], ops: DecoderOps[Packed]) -> Tensor:
+def decode(config: ModelConfig, weights: DecoderWeights[Packed, Tensor], ops: DecoderOps[Packed]) -> Tensor:
     """One forward pass: logits [sampled rows, vocab]."""
     residual = ops.embed(weights.embedding)
     for index, layer in enumerate(weights.layers):

@@ -6,14 +6,12 @@ the program anew (about 2 ms).
 
 from __future__ import annotations
 
-import mmap
-
 import torch
 from torch import Tensor
 
 from engine.kernels.attention.launch import attention
 from engine.kernels.embedding.launch import embed
-from engine.kernels.linear.launch import Epilogue, PackedWeight, linear, pack, pack_gated, packed_size
+from engine.kernels.linear.launch import Epilogue, PackedWeight, linear
 from engine.kernels.native.library import NativeContext, NativeOp, Rows
 from engine.kernels.native.program import Program, StepArrays
 from engine.kernels.rms_norm.launch import rms_norm
@@ -23,35 +21,11 @@ from engine.models.weights import DecoderWeights
 from modelfiles.config import ModelConfig
 
 
-class NativePacker:
-    """Packs weights into panels, float32 or bfloat16, in huge pages where the system gives them."""
-
-    def __init__(self, context: NativeContext, dtype: torch.dtype) -> None:
-        self._context = context
-        self._dtype = dtype
-
-    def pack(self, sources: list[Tensor], bias: Tensor | None = None) -> PackedWeight:
-        """Matrices [n_i, k] one after another."""
-        n, k = sum(source.shape[0] for source in sources), sources[0].shape[1]
-        return pack(self._context, sources, self._room(packed_size(self._context, n, k)), bias)
-
-    def pack_gated(self, gate: Tensor, up: Tensor) -> PackedWeight:
-        """The two halves of a gated MLP's input side."""
-        room = self._room(packed_size(self._context, *gate.shape, gated=True))
-        return pack_gated(self._context, gate, up, room)
-
-    def _room(self, size: int) -> Tensor:
-        memory = mmap.mmap(-1, size * self._dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=self._dtype)
-
-
 class NativeDecoder:
     """A decoder whose steps run as one native call."""
 
     def __init__(
-        self, config: ModelConfig, weights: DecoderWeights[PackedWeight], cache: Tensor, context: NativeContext
+        self, config: ModelConfig, weights: DecoderWeights[PackedWeight, Tensor], cache: Tensor, context: NativeContext
     ) -> None:
         self._config = config
         self._weights = weights

@@ -6,8 +6,10 @@ on the batch, so deterministic mode refuses it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from engine.kernels.native.program import StepArrays
 from engine.kernels.rms_norm import reference as norm_reference
 from engine.kernels.rope import reference as rope_reference
 from engine.models.decoder import decode
-from engine.models.weights import DecoderWeights
+from engine.models.weights import DecoderWeights, SourceTensor
 from modelfiles.config import ModelConfig
 
 
@@ -31,22 +33,31 @@ class TorchWeight:
     up: Tensor | None = None
 
 
-class TorchPacker:
-    """Keeps weights plain."""
+class TorchStore:
+    """A WeightStore that keeps weights plain."""
 
-    def pack(self, sources: list[Tensor], bias: Tensor | None = None) -> TorchWeight:
-        """Matrices [n_i, k] one after another."""
-        return TorchWeight(torch.cat(sources) if len(sources) > 1 else sources[0], bias)
+    def __init__(self, weights: Mapping[str, SourceTensor]) -> None:
+        self._weights = weights
 
-    def pack_gated(self, gate: Tensor, up: Tensor) -> TorchWeight:
-        """The two halves of a gated MLP's input side."""
-        return TorchWeight(gate, up=up)
+    def vector(self, names: Sequence[str]) -> Tensor:
+        return torch.cat([self._read(name) for name in names])
+
+    def matrix(self, names: Sequence[str], biases: Sequence[str] = ()) -> TorchWeight:
+        sources = [self._read(name) for name in names]
+        weight = torch.cat(sources) if len(sources) > 1 else sources[0]
+        return TorchWeight(weight, self.vector(biases) if biases else None)
+
+    def gated(self, gate: str, up: str) -> TorchWeight:
+        return TorchWeight(self._read(gate), up=self._read(up))
+
+    def _read(self, name: str) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self._weights[name].float32()))
 
 
 class TorchDecoder:
     """A decoder on the references, whose steps run operation by operation."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights[TorchWeight], cache: Tensor) -> None:
+    def __init__(self, config: ModelConfig, weights: DecoderWeights[TorchWeight, Tensor], cache: Tensor) -> None:
         self._config = config
         self._weights = weights
         self._cache = cache

@@ -2,97 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from modelfiles.config import ModelConfig
 
-Packed = TypeVar("Packed")
-PackedOut = TypeVar("PackedOut", covariant=True)
+Matrix = TypeVar("Matrix")
+Vector = TypeVar("Vector")
+MatrixOut = TypeVar("MatrixOut", covariant=True)
+VectorOut = TypeVar("VectorOut", covariant=True)
 
 
 class SourceTensor(Protocol):
     """One tensor of a checkpoint (modelfiles.weights.StoredTensor)."""
 
-    def float32(self) -> npt.NDArray[np.float32]:
-        """The values as float32."""
+    def float32(self, begin: int = 0, end: int | None = None) -> npt.NDArray[np.float32]:
+        """Rows [begin, end) as float32."""
         ...
 
 
-class WeightPacker(Protocol[PackedOut]):
-    """Turns weight matrices into what its own linear operations read."""
+class WeightStore(Protocol[MatrixOut, VectorOut]):
+    """Gives weights by the Hugging Face names of their tensors, in what its own linear operations read."""
 
-    def pack(self, sources: list[Tensor], bias: Tensor | None = None) -> PackedOut:
+    def vector(self, names: Sequence[str]) -> VectorOut:
+        """Vectors one after another: a norm, a bias."""
+        ...
+
+    def matrix(self, names: Sequence[str], biases: Sequence[str] = ()) -> MatrixOut:
         """Matrices [n_i, k] one after another."""
         ...
 
-    def pack_gated(self, gate: Tensor, up: Tensor) -> PackedOut:
+    def gated(self, gate: str, up: str) -> MatrixOut:
         """The two halves of a gated MLP's input side."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights(Generic[Packed]):
-    """One decoder layer; norms are plain tensors."""
+class LayerWeights(Generic[Matrix, Vector]):
+    """One decoder layer."""
 
-    input_norm: Tensor
-    qkv: Packed
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    output: Packed
-    post_norm: Tensor
-    gate_up: Packed
-    down: Packed
+    input_norm: Vector
+    qkv: Matrix
+    q_norm: Vector | None
+    k_norm: Vector | None
+    output: Matrix
+    post_norm: Vector
+    gate_up: Matrix
+    down: Matrix
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderWeights(Generic[Packed]):
+class DecoderWeights(Generic[Matrix, Vector]):
     """All weights. `lm_head` is `embedding` where they are tied."""
 
-    embedding: Packed
-    layers: tuple[LayerWeights[Packed], ...]
-    final_norm: Tensor
-    lm_head: Packed
+    embedding: Matrix
+    layers: tuple[LayerWeights[Matrix, Vector], ...]
+    final_norm: Vector
+    lm_head: Matrix
 
 
-def load_decoder_weights(
-    config: ModelConfig, weights: Mapping[str, SourceTensor], packer: WeightPacker[Packed]
-) -> DecoderWeights[Packed]:
-    """Read tensors by their Hugging Face names, each once, and pack them."""
-
-    def read(name: str) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(weights[name].float32()))
-
-    embedding = packer.pack([read("model.embed_tokens.weight")])
+def load_decoder_weights(config: ModelConfig, store: WeightStore[Matrix, Vector]) -> DecoderWeights[Matrix, Vector]:
+    """Ask for every weight once, in the order of a forward pass."""
+    embedding = store.matrix(["model.embed_tokens.weight"])
     return DecoderWeights(
         embedding=embedding,
-        layers=tuple(_layer(config, f"model.layers.{i}", read, packer) for i in range(config.num_layers)),
-        final_norm=read("model.norm.weight").clone(),
-        lm_head=embedding if config.tie_word_embeddings else packer.pack([read("lm_head.weight")]),
+        layers=tuple(_layer(config, f"model.layers.{i}", store) for i in range(config.num_layers)),
+        final_norm=store.vector(["model.norm.weight"]),
+        lm_head=embedding if config.tie_word_embeddings else store.matrix(["lm_head.weight"]),
     )
 
 
-class _Read(Protocol):
-    def __call__(self, name: str) -> Tensor: ...
-
-
-def _layer(config: ModelConfig, prefix: str, read: _Read, packer: WeightPacker[Packed]) -> LayerWeights[Packed]:
+def _layer(config: ModelConfig, prefix: str, store: WeightStore[Matrix, Vector]) -> LayerWeights[Matrix, Vector]:
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    bias = torch.cat([read(f"{attention}.{x}_proj.bias") for x in "qkv"]) if config.attention_bias else None
-    norms = [read(f"{attention}.{x}_norm.weight").clone() if config.qk_norm else None for x in "qk"]
+    biases = [f"{attention}.{x}_proj.bias" for x in "qkv"] if config.attention_bias else []
     return LayerWeights(
-        input_norm=read(f"{prefix}.input_layernorm.weight").clone(),
-        qkv=packer.pack([read(f"{attention}.{x}_proj.weight") for x in "qkv"], bias),
-        q_norm=norms[0],
-        k_norm=norms[1],
-        output=packer.pack([read(f"{attention}.o_proj.weight")]),
-        post_norm=read(f"{prefix}.post_attention_layernorm.weight").clone(),
-        gate_up=packer.pack_gated(read(f"{mlp}.gate_proj.weight"), read(f"{mlp}.up_proj.weight")),
-        down=packer.pack([read(f"{mlp}.down_proj.weight")]),
+        input_norm=store.vector([f"{prefix}.input_layernorm.weight"]),
+        qkv=store.matrix([f"{attention}.{x}_proj.weight" for x in "qkv"], biases),
+        q_norm=store.vector([f"{attention}.q_norm.weight"]) if config.qk_norm else None,
+        k_norm=store.vector([f"{attention}.k_norm.weight"]) if config.qk_norm else None,
+        output=store.matrix([f"{attention}.o_proj.weight"]),
+        post_norm=store.vector([f"{prefix}.post_attention_layernorm.weight"]),
+        gate_up=store.gated(f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
+        down=store.matrix([f"{mlp}.down_proj.weight"]),
     )

@@ -80,7 +80,7 @@ def test_stated_threads_are_taken_before_the_rest_is_divided() -> None:
 
 def test_half_of_the_memory_that_weights_and_runtime_leave_is_divided_equally_as_kv() -> None:
     machine = Machine(cpus=4, memory_bytes=6144 * MIB)
-    left = int(6144 * MIB * USABLE_SHARE) - GATEWAY_BYTES - 2 * (MODEL.weight_bytes + WORKER_RUNTIME_BYTES)
+    left = int(6144 * MIB * USABLE_SHARE) - GATEWAY_BYTES - MODEL.weight_bytes - 2 * WORKER_RUNTIME_BYTES
     planned = by_id(plan(machine))
     assert flags(planned["decode-0"])["--kv-memory"] == str(left // 4 // MIB * MIB)
     assert flags(planned["decode-0"])["--kv-memory"] == flags(planned["prefill-0"])["--kv-memory"]
@@ -106,7 +106,7 @@ def test_more_kv_memory_than_there_is_is_refused() -> None:
 def test_the_arithmetic_is_said() -> None:
     words = "\n".join(plan().arithmetic)
     assert "8 CPUs (given), divided among 2 workers: 4 each" in words
-    assert "75% of 16,384 MiB less 300 MiB for the gateway and 2 x (500 MiB weights + 600 MiB runtime)" in words
+    assert "less 300 MiB for the gateway, 500 MiB for weights that all workers share and 2 x 600 MiB runtime" in words
 
 
 def test_what_the_service_leaves_open_is_the_processes_own_default() -> None:
@@ -197,6 +197,6 @@ def test_no_plan_ever_hands_out_more_memory_than_is_usable(
     except PlanError:
         return
     shares = [process.share for process in planned.processes if process.share is not None]
-    used = GATEWAY_BYTES + sum(share.kv_bytes + MODEL.weight_bytes + WORKER_RUNTIME_BYTES for share in shares)
+    used = GATEWAY_BYTES + MODEL.weight_bytes + sum(share.kv_bytes + WORKER_RUNTIME_BYTES for share in shares)
     assert used <= machine.memory_bytes * USABLE_SHARE
     assert sum(share.threads for share in shares) <= max(len(shares), cpus)

@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from modelfiles.cache import temporary_path
 from modelfiles.digest import model_digest
 from modelfiles.errors import MalformedModel, ModelNotFound, UnsupportedModel, WeightsMismatch
 from modelfiles.gguf_file import BLOCK_SIZES, TensorType
-from modelfiles.quantization import CHUNK_ELEMENTS, dequantize, dequantize_chunks
+from modelfiles.quantization import CHUNK_ELEMENTS, dequantize, dequantize_all
 from modelfiles.tensor_names import expected_tensors
 from modelfiles.weights import open_weights
 
@@ -46,11 +45,6 @@ GGUF_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-
-
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BATON_MODEL_CACHE", str(tmp_path / "cache"))
 
 
 def make_model(family: str, tied: bool = False) -> Any:
@@ -256,10 +250,10 @@ def test_random_blocks_dequantise_bit_for_bit_as_in_the_gguf_package(kind: Tenso
         expected = gguf.quants.dequantize(raw.reshape(num_blocks, num_bytes), gguf.GGMLQuantizationType(kind)).reshape(
             -1
         )
-        pieces = np.concatenate([piece.copy() for piece in dequantize_chunks(kind, raw)])
+        whole = dequantize_all(kind, raw)
     same = (out.view(np.uint32) == expected.view(np.uint32)) | (np.isnan(out) & np.isnan(expected))
     assert same.all()
-    assert np.array_equal(pieces, out, equal_nan=True)
+    assert np.array_equal(whole, out, equal_nan=True)
 
 
 def test_an_unsupported_quantisation_names_tensor_and_type(tmp_path: Path) -> None:
@@ -277,74 +271,26 @@ def test_a_bias_that_the_decoder_would_ignore_is_refused(tmp_path: Path) -> None
         open_weights(tmp_path / "m.gguf")
 
 
-def quantized(folder: Path) -> tuple[Path, dict[str, npt.NDArray[np.float32]], Path]:
-    """A Q8_0 file, its expected values, and where its float32 file will lie."""
+def quantized(folder: Path) -> tuple[Path, dict[str, npt.NDArray[np.float32]]]:
+    """A Q8_0 file and its expected values."""
     state = state_of(make_model("llama"), tied=False)
     expected = write_gguf(folder / "m.gguf", "llama", state, gguf.GGMLQuantizationType.Q8_0)
-    name = f"{model_digest(folder / 'm.gguf')}-f32-v1.safetensors"
-    return folder / "m.gguf", expected, folder / "cache" / "dequantized" / name
+    return folder / "m.gguf", expected
 
 
-def test_dequantised_weights_are_one_file_that_later_starts_use(tmp_path: Path) -> None:
-    path, expected, cached = quantized(tmp_path)
-    open_weights(path)
-    written = cached.stat()
-    assert_equal(open_weights(path), expected)
-    assert (cached.stat().st_ino, cached.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
-
-
-def test_the_cache_file_is_safetensors_that_others_can_read(tmp_path: Path) -> None:
-    from safetensors.numpy import load_file
-
-    path, expected, cached = quantized(tmp_path)
-    open_weights(path)
-    theirs = load_file(cached)
-    assert set(theirs) == set(expected)
-    assert all(np.array_equal(theirs[name], values) for name, values in expected.items())
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
-def test_a_damaged_cache_file_is_made_again(tmp_path: Path, damage: str) -> None:
-    path, expected, cached = quantized(tmp_path)
-    open_weights(path)
-    content = bytearray(cached.read_bytes())
-    content[-1] ^= 1
-    cached.write_bytes({"flip": bytes(content), "cut": bytes(content[:-1]), "empty": b""}[damage])
-    assert_equal(open_weights(path), expected)
-
-
-def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
-    path, _, cached = quantized(tmp_path)
-    cached.parent.mkdir(parents=True)
-    leftover = temporary_path(cached).with_name(f".{cached.name}.1.tmp")
-    leftover.write_bytes(b"half")
-    open_weights(path)
-    assert not leftover.exists()
-    assert not list(cached.parent.glob(".*.tmp"))
-
-
-def test_many_starts_at_once_make_the_file_once(tmp_path: Path) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    path, expected, cached = quantized(tmp_path)
-    with ThreadPoolExecutor(4) as pool:
-        opened = list(pool.map(lambda _: open_weights(path), range(4)))
-    for weights in opened:
-        assert_equal(weights, expected)
-    assert len(list(cached.parent.glob("*.safetensors"))) == 1
-
-
-def test_without_a_writable_cache_each_process_keeps_its_own_copy(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path, expected, _ = quantized(tmp_path)
-    (tmp_path / "cache").write_text("a file where the folder should be")
-    assert_equal(open_weights(path), expected)
-    assert "this process's own memory" in caplog.text
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_rows_can_be_read_alone(tmp_path: Path, kind: str) -> None:
+    """Of a tensor whose rows the file has in another order, and of a vector."""
+    state = state_of(make_model("llama"), tied=False)
+    expected = write_gguf(tmp_path / "m.gguf", "llama", state, gguf.GGMLQuantizationType[kind])
+    weights = open_weights(tmp_path / "m.gguf")
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.norm.weight"):
+        assert np.array_equal(weights[name].float32(3, 11), expected[name][3:11])
+        assert weights[name].shape == expected[name].shape
 
 
 def test_the_digest_is_that_of_the_content_and_not_of_the_place(tmp_path: Path) -> None:
-    path, _, _ = quantized(tmp_path)
+    path, _ = quantized(tmp_path)
     copy = tmp_path / "elsewhere.gguf"
     copy.write_bytes(path.read_bytes())
     os.chmod(copy, stat.S_IRUSR)

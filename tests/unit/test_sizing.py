@@ -73,6 +73,18 @@ def test_the_kv_memory_is_a_share_of_what_is_available() -> None:
     assert "2 workers" in size.explanation
 
 
+def test_weights_that_workers_share_count_once() -> None:
+    """Ten workers of a model of 10 GiB fit where nine tenths of it would be missing if each had its own."""
+    host = HostLimits(32 * GIB, 30 * GIB, 10)
+    shared = derive_kv_size(
+        host, block_bytes=1024**2, min_blocks=1, weight_bytes=10 * GIB, weights_shared=True, workers_on_host=10
+    )
+    assert shared.num_blocks == (14 * GIB // 10 - RESERVE_BYTES) // 1024**2
+    assert "- shared weights 10240 MiB) / 10 workers" in shared.explanation
+    with pytest.raises(MemoryTooSmall):
+        derive_kv_size(host, block_bytes=1024**2, min_blocks=1, weight_bytes=10 * GIB, workers_on_host=10)
+
+
 def test_a_request_overrides_the_derivation_and_a_cap_limits_it() -> None:
     host = HostLimits(GIB, GIB, 1)
     assert derive_kv_size(host, block_bytes=100, min_blocks=1, requested_bytes=1050).num_blocks == 10

@@ -142,28 +142,33 @@ static inline void gemm(Pool& pool, const Gemm& g, int64_t m) {
   pool.run(blocks * groups, piece);
 }
 
+static inline void convert(float value, float& out) { out = value; }
+
+static inline void convert(float value, uint16_t& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits += 0x7fff + (bits >> 16 & 1);  // round to nearest even
+  out = uint16_t(bits >> 16);
+}
+
 // Packs source rows (output columns) [0, rows) into panels at column `offset`. `interleave` puts them into the first (0)
-// or second (1) vector of the panels of a gate/up pair; -1 packs plainly.
+// or second (1) vector of the panels of a gate/up pair; -1 packs plainly. Goes over a panel's rows in short pieces of k:
+// row by row, every store would touch a cache line of its own.
 template <typename W>
 static void pack(Pool& pool, W* panels, const float* source, int64_t lds, int64_t rows, int64_t k, int64_t offset,
                  int64_t interleave) {
-  run_ranges(pool, rows, 8, [&](int64_t begin, int64_t end, int) {
-    for (int64_t row = begin; row < end; ++row) {
-      int64_t column = offset + row;
-      int64_t panel = interleave < 0 ? column / kPanel : column / kWidth;
-      int64_t lane = interleave < 0 ? column % kPanel : column % kWidth + interleave * kWidth;
-      W* out = panels + panel * k * kPanel + lane;
-      for (int64_t i = 0; i < k; ++i) {
-        float value = source[row * lds + i];
-        if constexpr (sizeof(W) == 4) {
-          out[i * kPanel] = value;
-        } else {
-          uint32_t bits;
-          std::memcpy(&bits, &value, 4);
-          bits += 0x7fff + (bits >> 16 & 1);  // round to nearest even
-          out[i * kPanel] = W(bits >> 16);
+  constexpr int64_t kPiece = 64;
+  const int64_t columns = interleave < 0 ? kPanel : kWidth, shift = interleave < 0 ? 0 : interleave * kWidth;
+  run_ranges(pool, rows, columns, [&](int64_t begin, int64_t end, int) {
+    for (int64_t row = begin, next; row < end; row = next) {
+      const int64_t panel = (offset + row) / columns;
+      next = std::min(end, (panel + 1) * columns - offset);
+      for (int64_t i = 0; i < k; i += kPiece)
+        for (int64_t r = row; r < next; ++r) {
+          W* out = panels + panel * k * kPanel + (offset + r) % columns + shift;
+          const float* in = source + r * lds;
+          for (int64_t j = i; j < std::min(k, i + kPiece); ++j) convert(in[j], out[j * kPanel]);
         }
-      }
     }
   });
 }
