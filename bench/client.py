@@ -60,21 +60,8 @@ async def stream_completion(
 async def _stream(
     host: str, port: int, body: dict[str, object], outcome: Outcome, on_text: Callable[[Outcome], None] | None
 ) -> None:
-    reader, writer = await asyncio.open_connection(host, port, limit=1 << 22)
     try:
-        payload = json.dumps({**body, "stream": True}).encode()
-        writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nConnection: close\r\n"
-            b"Content-Length: " + str(len(payload)).encode() + b"\r\n\r\n" + payload
-        )
-        await writer.drain()
-        status = int((await reader.readline()).split()[1])
-        headers = await _headers(reader)
-        if status != 200:
-            outcome.error = f"HTTP {status}: {(await reader.read(2000)).decode(errors='replace')}"
-            return
-        assert headers.get("transfer-encoding") == "chunked", headers
-        async for event in _events(reader):
+        async for event in post_events(host, port, "/v1/completions", body):
             if event == "[DONE]":
                 outcome.finished = not outcome.error
                 return
@@ -87,6 +74,31 @@ async def _stream(
                 outcome.text += chunk["choices"][0]["text"]
                 if on_text is not None:
                     on_text(outcome)
+    except HttpRefused as refused:
+        outcome.error = str(refused)
+
+
+class HttpRefused(Exception):
+    """The answer was not 200."""
+
+
+async def post_events(host: str, port: int, path: str, body: dict[str, object]) -> AsyncIterator[str]:
+    """The data of each server-sent event of a streaming request. Raises: HttpRefused, OSError, IncompleteReadError."""
+    reader, writer = await asyncio.open_connection(host, port, limit=1 << 22)
+    try:
+        payload = json.dumps({**body, "stream": True}).encode()
+        writer.write(
+            b"POST " + path.encode() + b" HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+            b"Connection: close\r\nContent-Length: " + str(len(payload)).encode() + b"\r\n\r\n" + payload
+        )
+        await writer.drain()
+        status = int((await reader.readline()).split()[1])
+        headers = await _headers(reader)
+        if status != 200:
+            raise HttpRefused(f"HTTP {status}: {(await reader.read(2000)).decode(errors='replace')}")
+        assert headers.get("transfer-encoding") == "chunked", headers
+        async for event in _events(reader):
+            yield event
     finally:
         writer.close()
 

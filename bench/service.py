@@ -95,12 +95,14 @@ def running_service(
     deterministic: bool = False,
     num_threads: int | None = None,
     model: str = "smollm2",
+    kv_memory: str | None = None,
     engine: Mapping[str, object] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Generator[Service]:
     """`baton up` with this service until the block ends, then Ctrl-C."""
     with tempfile.TemporaryDirectory(prefix="baton-") as folder:
-        pool = {} if num_threads is None else {"threads": num_threads}
+        stated = {"threads": num_threads, "kvMemory": kv_memory}
+        pool = {key: value for key, value in stated.items() if value is not None}
         port = free_port()
         document = {
             "apiVersion": "serving.baton.dev/v1alpha1",

@@ -7,99 +7,208 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from bench.client import Outcome, stream_completion
 from bench.service import Service, Worker
+from tests.e2e.streams import OnTokens, Stream, open_stream
 
-NUM_OUTPUT_TOKENS = 48
-WORKLOADS: dict[str, dict[str, object]] = {
-    "greedy": {"temperature": 0},
-    "seeded": {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 7},
-    "penalties": {"temperature": 0.7, "seed": 11, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
-}
 PROMPT = " ".join(
     f"Fact {i}: the river number {i} flows past town {i * 7 % 13} and {i * 5 % 11} hills." for i in range(12)
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One kind of request and what must come of it."""
+
+    kind: str
+    body: dict[str, Any]
+    path: str = "/v1/completions"
+
+    @property
+    def num_choices(self) -> int:
+        return int(self.body.get("n", 1))
+
+
+def workloads(num_tokens: int) -> list[Workload]:
+    """Every way in which a replay could go wrong: generator, penalties, several choices, logprobs, chat."""
+    ask: dict[str, Any] = {"model": "model", "prompt": PROMPT, "max_tokens": num_tokens, "ignore_eos": True}
+    chat: dict[str, Any] = {"messages": [{"role": "user", "content": PROMPT}]}
+    chat |= {key: value for key, value in ask.items() if key != "prompt"}
+    return [
+        Workload("greedy", ask | {"temperature": 0}),
+        Workload("seeded", ask | {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 7}),
+        Workload(
+            "penalties", ask | {"temperature": 0.7, "seed": 11, "frequency_penalty": 0.5, "repetition_penalty": 1.1}
+        ),
+        Workload("two choices", ask | {"temperature": 1.0, "seed": 5, "n": 2, "logprobs": 2}),
+        Workload("chat", chat | {"temperature": 0.8, "seed": 3, "logprobs": True}, "/v1/chat/completions"),
+    ]
+
+
 @dataclass(slots=True)
 class Report:
-    """What a run of kills did. `diverged` names request kinds whose text differed from the unfailed run."""
+    """What a run of kills did. `failed` and `diverged` say which streams, and how."""
 
+    seed: int
     num_kills: int = 0
     num_streams: int = 0
     failed: list[str] = field(default_factory=list[str])
     diverged: list[str] = field(default_factory=list[str])
-    recovery_s: list[float] = field(default_factory=list[float])
+    gaps_s: list[float] = field(default_factory=list[float])
 
     def __str__(self) -> str:
-        worst = max(self.recovery_s, default=0.0)
         return (
-            f"{self.num_kills} kills, {self.num_streams} streams: {len(self.failed)} failed, "
-            f"{len(self.diverged)} diverged; slowest gap a client saw {worst:.2f} s"
+            f"seed {self.seed}: {self.num_kills} kills, {self.num_streams} streams: {len(self.failed)} failed, "
+            f"{len(self.diverged)} diverged; slowest gap a client saw {max(self.gaps_s, default=0.0):.2f} s"
         )
 
 
-async def run_kills(service: Service, num_kills: int, seed: int) -> Report:
-    """Per kill: three streams at once, a random worker killed after a random number of their tokens."""
-    rng, report = random.Random(seed), Report()
-    expected = {kind: (await _stream(service, kind)).text for kind in WORKLOADS}
-    for number in range(num_kills):
-        workers = [w for w in service.wait_all_ready() if w.role != "gateway"]
-        victim, after_tokens = rng.choice(workers), rng.randrange(0, NUM_OUTPUT_TOKENS - 8)
-        outcomes = await _streams_with_kill(service, victim, after_tokens)
-        report.num_kills += 1
-        for outcome in outcomes:
-            report.num_streams += 1
-            what = f"kill {number} of {victim.worker_id} after {after_tokens} tokens, {outcome.kind}"
-            if not outcome.finished:
-                report.failed.append(f"{what}: {outcome.error}")
-            elif outcome.text != expected[outcome.kind]:
-                report.diverged.append(f"{what}: {outcome.text!r} instead of {expected[outcome.kind]!r}")
-            report.recovery_s.append(max([outcome.ttft_s, *outcome.gaps_s]) if outcome.token_times_s else 0.0)
+@dataclass(slots=True)
+class Chaos:
+    """Streams against one service, and what each must say. Deterministic services must say it byte for byte."""
+
+    service: Service
+    kinds: Sequence[Workload]
+    deterministic: bool = True
+    expected: dict[str, Stream] = field(default_factory=dict[str, Stream])
+    first_token_s: float = 1.0
+    _salts: int = 0
+
+    async def learn(self) -> None:
+        """The unfailed run; and a stop string of each greedy answer that lies across tokens, as one kind more."""
+        for workload in self.kinds:
+            started_at = time.monotonic()
+            stream = await self.stream(workload, on_tokens=lambda _: None)
+            assert not stream.complaint(workload.num_choices), (workload.kind, stream)
+            self.first_token_s = min(self.first_token_s, time.monotonic() - started_at)
+            self.expected[workload.kind] = stream
+        greedy = self.kinds[0]
+        text = self.expected[greedy.kind].choices[0].text
+        stop = text[len(text) * 2 // 3 :][:6]
+        stopping = Workload("stop string", greedy.body | {"stop": [stop]})
+        self.kinds = [*self.kinds, stopping]
+        self.expected[stopping.kind] = await self.stream(stopping)
+        assert self.expected[stopping.kind].choices[0].finish == "stop"
+
+    async def stream(self, workload: Workload, on_tokens: OnTokens | None = None) -> Stream:
+        """One request whose prompt nobody has cached."""
+        self._salts += 1
+        body = workload.body | {"cache_salt": f"salt-{os.getpid()}-{self._salts}"}
+        return await open_stream(
+            self.service.host, self.service.port, workload.path, body, kind=workload.kind, on_tokens=on_tokens
+        )
+
+    async def round(
+        self, strike: Callable[[], None], *, after_tokens: int | None, after_s: float = 0.0, kinds: int = 3
+    ) -> list[str]:
+        """Some streams at once and one strike among them; returns what was wrong.
+
+        The strike falls when the first stream has shown `after_tokens` tokens, or, with None, `after_s` after the
+        requests left.
+        """
+        chosen = [self.kinds[(self._salts + i) % len(self.kinds)] for i in range(kinds)]
+        has_struck = False
+
+        def strike_once() -> None:
+            nonlocal has_struck
+            if not has_struck:
+                has_struck = True
+                strike()
+
+        def watch(stream: Stream) -> None:
+            if after_tokens is not None and stream.num_tokens >= after_tokens:
+                strike_once()
+
+        streams = [asyncio.create_task(self.stream(chosen[0], watch))]
+        streams += [asyncio.create_task(self.stream(workload)) for workload in chosen[1:]]
+        if after_tokens is None:
+            await asyncio.sleep(after_s)
+            strike_once()
+        done = await asyncio.gather(*streams)
+        assert has_struck or after_tokens is not None
+        self.last = done
+        return [word for workload, stream in zip(chosen, done, strict=True) if (word := self.judge(workload, stream))]
+
+    def judge(self, workload: Workload, stream: Stream) -> str:
+        """What is wrong with a stream, in words that begin with `failed` or `diverged`; empty if nothing."""
+        complaint = stream.complaint(workload.num_choices)
+        if complaint:
+            return f"failed, {workload.kind}: {complaint}"
+        expected = self.expected[workload.kind]
+        if self.deterministic:
+            return "" if stream.choices == expected.choices else f"diverged, {workload.kind}: {stream.choices}"
+        if workload.kind != "stop string" and stream.num_usage_tokens != expected.num_usage_tokens:
+            return f"failed, {workload.kind}: {stream.num_usage_tokens} tokens, not {expected.num_usage_tokens}"
+        return ""
+
+    last: list[Stream] = field(default_factory=list[Stream])
+
+
+def kill(*workers: Worker) -> None:
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGKILL)
+
+
+async def run_kills(
+    chaos: Chaos, num_kills: int, seed: int, num_tokens: int, say: Callable[[str], None] = print
+) -> Report:
+    """Random victims at random moments: P, D, or one of each at once; while prompts are prefilled or at any token."""
+    rng, report = random.Random(seed), Report(seed)
+    await chaos.learn()
+    while report.num_kills < num_kills:
+        ready = await asyncio.to_thread(wait_enough_ready, chaos.service)
+        victims = _victims(rng, ready)
+        in_prefill = rng.random() < (0.6 if victims[0].role == "prefill" else 0.25)
+        after_tokens = None if in_prefill else rng.randrange(1, num_tokens - 8)
+        after_s = rng.uniform(0.0, 1.2) * chaos.first_token_s
+        when = f"{after_s:.3f} s" if after_tokens is None else f"{after_tokens} tokens"
+        wrong = await chaos.round(lambda struck=victims: kill(*struck), after_tokens=after_tokens, after_s=after_s)
+        report.num_kills += len(victims)
+        report.num_streams += len(chaos.last)
+        report.gaps_s += [stream.slowest_gap_s for stream in chaos.last]
+        for word in wrong:
+            told = f"kill of {', '.join(v.worker_id for v in victims)} after {when}: {word}"
+            say(told)
+            (report.failed if word.startswith("failed") else report.diverged).append(told)
+        say(f"{report.num_kills}/{num_kills} {report}")
     return report
 
 
-async def _streams_with_kill(service: Service, victim: Worker, after_tokens: int) -> list[Outcome]:
-    """Kill when the first stream has shown `after_tokens` pieces of text; 0 kills while the prompts are prefilled."""
-
-    def kill_if_due(outcome: Outcome) -> None:
-        if len(outcome.token_times_s) == after_tokens:
-            os.kill(victim.pid, signal.SIGKILL)
-
-    first, *others = WORKLOADS
-    streams = [asyncio.create_task(_stream(service, first, kill_if_due))]
-    streams += [asyncio.create_task(_stream(service, kind)) for kind in others]
-    if after_tokens == 0:
-        await asyncio.sleep(0.02)  # the prompts are on their way
-        os.kill(victim.pid, signal.SIGKILL)
-    return list(await asyncio.gather(*streams))
+def _victims(rng: random.Random, ready: Sequence[Worker]) -> list[Worker]:
+    """One worker; one time in eight a P and a D at once. Never the last D: its streams would only wait."""
+    prefill = [worker for worker in ready if worker.role == "prefill"]
+    decode = [worker for worker in ready if worker.role == "decode"]
+    if rng.random() < 0.125:
+        return [rng.choice(prefill), rng.choice(decode)]
+    return [rng.choice([*prefill, *decode])]
 
 
-async def _stream(service: Service, kind: str, on_text: Callable[[Outcome], None] | None = None) -> Outcome:
-    body: dict[str, object] = {
-        "model": service.model_id,
-        "prompt": PROMPT,
-        "max_tokens": NUM_OUTPUT_TOKENS,
-        "ignore_eos": True,
-        **WORKLOADS[kind],
-    }
-    return await stream_completion(service.host, service.port, body, kind=kind, timeout_s=120, on_text=on_text)
+def wait_enough_ready(service: Service, timeout_s: float = 120.0) -> list[Worker]:
+    """The ready workers, once there are two decode workers and a prefill worker."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        ready = [worker for worker in service.workers() if worker.state == "ready"]
+        roles = [worker.role for worker in ready]
+        if roles.count("decode") >= 2 and roles.count("prefill") >= 1 and "gateway" in roles:
+            return [worker for worker in ready if worker.role != "gateway"]
+        assert time.monotonic() < deadline, f"only {roles} are ready after {timeout_s:.0f} s"
+        time.sleep(0.1)
 
 
 def wait_until_gone(pids: list[int], timeout_s: float) -> list[int]:
     """The pids that still run after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
-    while (left := [pid for pid in pids if _is_alive(pid)]) and time.monotonic() < deadline:
+    while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rsplit(") ", 1)[1][0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False

@@ -15,7 +15,8 @@ import openai
 import pytest
 
 from bench.service import Service, running_service
-from tests.e2e.chaos import run_kills, wait_until_gone
+from tests.e2e import census
+from tests.e2e.chaos import Chaos, run_kills, wait_until_gone, workloads
 from tests.e2e.reference import PROMPTS, reference_texts
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
@@ -24,7 +25,9 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
 @pytest.fixture(scope="module")
 def service() -> Generator[Service]:
     """Two prefill and two decode workers, every prompt handed over, deterministic."""
-    with running_service(prefill=2, decode=2, disaggregation="Always", deterministic=True) as service:
+    with running_service(
+        prefill=2, decode=2, disaggregation="Always", deterministic=True, kv_memory="384Mi"
+    ) as service:
         yield service
 
 
@@ -32,7 +35,9 @@ def service() -> Generator[Service]:
 def colocated() -> Generator[Service]:
     """One decode worker that prefills for itself, deterministic, with another chunk size and without prefix caching."""
     engine = {"maxBatchedTokens": 72, "maxNumSeqs": 8, "prefixCaching": False}
-    with running_service(prefill=0, decode=1, disaggregation="Never", deterministic=True, engine=engine) as service:
+    with running_service(
+        prefill=0, decode=1, disaggregation="Never", deterministic=True, engine=engine, kv_memory="384Mi"
+    ) as service:
         yield service
 
 
@@ -40,23 +45,9 @@ def client_of(service: Service) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
 
 
-def metric(service: Service, name: str, **labels: str) -> float:
-    """Sum of a metric over the service's processes, for the samples that carry these labels."""
-    total = 0.0
-    for worker in service.workers():
-        with urllib.request.urlopen(
-            f"http://{worker.http}/metrics" if "://" not in worker.http else f"{worker.http}/metrics"
-        ) as reply:
-            for line in reply.read().decode().splitlines():
-                named = line.startswith((name + "{", name + " "))
-                if named and all(f'{key}="{value}"' in line for key, value in labels.items()):
-                    total += float(line.rsplit(" ", 1)[1])
-    return total
-
-
 def test_twenty_chats_stream_the_tokens_of_transformers_through_the_hand_over(service: Service) -> None:
     expected = reference_texts()
-    client, before = client_of(service), metric(service, "baton_placements_total", path="remote")
+    client, before = client_of(service), census.total(service, "baton_placements_total", role="decode", path="remote")
     for prompt in PROMPTS:
         chunks = client.chat.completions.create(
             model=service.model_id,
@@ -67,7 +58,7 @@ def test_twenty_chats_stream_the_tokens_of_transformers_through_the_hand_over(se
         )
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
         assert text == expected[prompt], prompt
-    assert metric(service, "baton_placements_total", path="remote") - before == len(PROMPTS)
+    assert census.total(service, "baton_placements_total", role="decode", path="remote") - before == len(PROMPTS)
 
 
 def test_disaggregated_equals_colocated_byte_for_byte(service: Service, colocated: Service) -> None:
@@ -117,17 +108,14 @@ def test_a_batch_of_many_gives_each_what_it_gets_alone(service: Service) -> None
 
 
 def test_half_a_dozen_random_kills_change_no_stream(service: Service) -> None:
-    report = asyncio.run(run_kills(service, num_kills=6, seed=int(os.environ.get("BATON_CHAOS_SEED", "1"))))
-    print(report)
-    assert report.num_streams == 18
+    seed = int(os.environ.get("BATON_CHAOS_SEED", "1"))
+    report = asyncio.run(run_kills(Chaos(service, workloads(48)), num_kills=6, seed=seed, num_tokens=48))
     assert not report.failed
     assert not report.diverged
 
 
-def test_workers_are_empty_when_all_is_quiet(service: Service) -> None:
-    service.wait_all_ready()
-    assert metric(service, "vllm:num_requests_running") == 0
-    assert metric(service, "vllm:num_requests_waiting") == 0
+def test_every_block_comes_back_when_all_is_quiet(service: Service) -> None:
+    census.at_rest(service)
 
 
 def test_kill_9_of_the_supervisor_leaves_nothing() -> None:

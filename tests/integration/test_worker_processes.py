@@ -125,8 +125,8 @@ FAKE = ("--model", ".")
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
 @pytest.mark.parametrize(
     "point",
-    ["kill-after-prompt-queued=1", "kill-after-chunk=1", "kill-after-chunk=2", "kill-after-block-published=1", "kill-after-block-published=9",
-     "kill-after-prefill-done=1"],
+    ["kill-after-prompt-queued=1", "kill-after-chunk=1", "kill-after-chunk=2", "kill-after-block-published=1",
+     "kill-after-block-published=9", "kill-after-prefill-done=1"],
 )  # fmt: skip
 async def test_a_prefill_worker_killed_at_any_stage_costs_no_token_and_no_block(
     workers: Workers, processes: Processes, point: str, transport: str

@@ -1,0 +1,212 @@
+"""Real processes die, stop, come back as zombies or lose their clients: no stream changes, and nothing stays behind.
+
+The model is tiny and random, so that a worker is back in seconds; test_soak.py does hundreds, and SmolLM2 too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from bench.service import Service, Worker, running_service
+from tests.e2e import census
+from tests.e2e.chaos import PROMPT, Chaos, kill, run_kills, wait_enough_ready, wait_until_gone, workloads
+
+pytestmark = pytest.mark.timeout(600)
+
+NUM_TOKENS = 96
+CHUNK = {"maxBatchedTokens": 128, "maxModelLen": 2048}
+SEED = int(os.environ.get("BATON_CHAOS_SEED", "1"))
+
+
+@contextmanager
+def tiny_service(model: Path, *, deterministic: bool = True) -> Generator[Service]:
+    with running_service(
+        prefill=2, decode=2, disaggregation="Always", deterministic=deterministic, num_threads=1,
+        model=str(model), kv_memory="8Mi", engine=CHUNK,
+    ) as service:  # fmt: skip
+        yield service
+
+
+@pytest.fixture(scope="module")
+def service(tiny_llama: Path) -> Generator[Service]:
+    with tiny_service(tiny_llama) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def chaos(service: Service) -> Chaos:
+    chaos = Chaos(service, workloads(NUM_TOKENS))
+    asyncio.run(chaos.learn())
+    return chaos
+
+
+@pytest.fixture(autouse=True)
+def at_rest_afterwards(request: pytest.FixtureRequest) -> Generator[None]:
+    """Whatever a test did: every block comes back."""
+    yield
+    if "service" in request.fixturenames:
+        census.at_rest(request.getfixturevalue("service"))
+
+
+def workers_of(service: Service, role: str) -> list[Worker]:
+    return [worker for worker in service.wait_all_ready() if worker.role == role]
+
+
+def test_random_kills_change_no_stream(service: Service) -> None:
+    report = asyncio.run(run_kills(Chaos(service, workloads(NUM_TOKENS)), 8, SEED, NUM_TOKENS))
+    assert not report.failed
+    assert not report.diverged
+    assert census.total(service, "baton_gateway_prefill_path_total", role="gateway", path="remote") > 0
+
+
+def test_fast_mode_loses_and_doubles_nothing(tiny_llama: Path) -> None:
+    with tiny_service(tiny_llama, deterministic=False) as service:
+        chaos = Chaos(service, workloads(NUM_TOKENS), deterministic=False)
+        report = asyncio.run(run_kills(chaos, 4, SEED, NUM_TOKENS))
+        assert not report.failed
+        census.at_rest(service)
+
+
+def test_a_prefill_and_a_decode_worker_killed_at_once_change_no_stream(service: Service, chaos: Chaos) -> None:
+    victims = [workers_of(service, "prefill")[0], workers_of(service, "decode")[0]]
+    assert asyncio.run(chaos.round(lambda: kill(*victims), after_tokens=NUM_TOKENS // 2, kinds=6)) == []
+
+
+def test_workers_that_stop_and_come_back_as_zombies_add_no_token(service: Service, chaos: Chaos) -> None:
+    """Stopped for longer than the limit of silence (10 s): other workers finish; what the zombies say is too late."""
+    stopped = [workers_of(service, "prefill")[0], workers_of(service, "decode")[0]]
+    before = census.scrape(service.workers("gateway")[0])
+    try:
+        os.kill(stopped[0].pid, signal.SIGSTOP)
+        strike = lambda: os.kill(stopped[1].pid, signal.SIGSTOP)  # noqa: E731
+        assert asyncio.run(chaos.round(strike, after_tokens=NUM_TOKENS // 4, kinds=6)) == []
+    finally:
+        for worker in stopped:
+            os.kill(worker.pid, signal.SIGCONT)
+    after = census.scrape(service.workers("gateway")[0])
+    silent = "baton_gateway_failovers_total"
+    assert after.value(silent, cause="silent") > before.value(silent, cause="silent")
+    assert census.total(service, "baton_prefill_fallbacks_total", role="decode", reason="silent") > 0
+    assert [worker.pid for worker in service.workers() if worker.worker_id == stopped[1].worker_id] == [stopped[1].pid]
+    assert asyncio.run(chaos.round(lambda: None, after_tokens=None, kinds=6)) == []
+
+
+def test_a_killed_gateway_breaks_its_streams_frees_the_workers_and_comes_back(service: Service, chaos: Chaos) -> None:
+    (gateway,) = service.workers("gateway")
+    wrong = asyncio.run(chaos.round(lambda: kill(gateway), after_tokens=8, kinds=3))
+    assert wrong
+    assert all(word.startswith("failed") for word in wrong)
+    census.at_rest(service)
+    assert asyncio.run(chaos.round(lambda: None, after_tokens=None, kinds=3)) == []
+
+
+def test_work_stops_when_the_client_leaves(service: Service) -> None:
+    """Six clients leave while their prompts are prefilled, six while their tokens come."""
+    before = census.total(service, "vllm:iteration_tokens_total_sum")
+    gone = "baton_gateway_client_disconnects_total"
+    gone_before = census.total(service, gone, role="gateway")
+    for num_events, num_prompt_tokens in ((0, 1800), (3, 200)):
+        _leave(service, [_open(service, number, num_prompt_tokens) for number in range(6)], num_events)
+        census.at_rest(service)
+    census.eventually(
+        "all are counted", lambda: census.total(service, gone, role="gateway") - gone_before == 12, timeout_s=20
+    )
+    computed = census.total(service, "vllm:iteration_tokens_total_sum") - before
+    assert computed < (6 * 1800 + 6 * 1700) / 2, f"{computed} tokens were computed for nobody"
+
+
+def _open(service: Service, number: int, num_prompt_tokens: int) -> socket.socket:
+    """Ask for as many tokens as there may be."""
+    body = {
+        "model": "model", "prompt": [3 + (i * 7 + number) % 250 for i in range(num_prompt_tokens)], "stream": True,
+        "max_tokens": 1900 - num_prompt_tokens, "ignore_eos": True, "cache_salt": f"leave-{number}-{time.time()}",
+    }  # fmt: skip
+    payload = json.dumps(body).encode()
+    client = socket.create_connection((service.host, service.port))
+    client.settimeout(60)
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}"
+    )
+    client.sendall(head.encode() + b"\r\n\r\n" + payload)
+    return client
+
+
+def _leave(service: Service, clients: list[socket.socket], num_events: int) -> None:
+    """Close all when each has heard `num_events` events; with none, when the first prompts are being prefilled."""
+    if num_events == 0:
+        steps = census.total(service, "baton_engine_steps_total", role="prefill")
+        census.eventually(
+            "a chunk ran", lambda: census.total(service, "baton_engine_steps_total", role="prefill") > steps
+        )
+    for client in clients:
+        heard = b""
+        while heard.count(b"data: ") < num_events:
+            heard += client.recv(4096)
+    for client in clients:
+        client.close()
+
+
+def test_kills_leave_no_descriptor_thread_mapping_or_socket_at_the_survivors(service: Service, chaos: Chaos) -> None:
+    """Growth over three deaths of the peers must be less than one each."""
+    rng = random.Random(SEED)
+    for survivors, victims in (("decode", "prefill"), ("prefill", "decode")):
+        assert asyncio.run(chaos.round(lambda: None, after_tokens=None, kinds=6)) == []
+        pids = [worker.pid for worker in workers_of(service, survivors)]
+        census.at_rest(service)
+        before = [census.holdings(pid) for pid in pids]
+        for _ in range(3):
+            victim = rng.choice(workers_of(service, victims))
+            assert asyncio.run(chaos.round(lambda victim=victim: kill(victim), after_tokens=None, kinds=4)) == []
+        census.at_rest(service)
+        assert asyncio.run(chaos.round(lambda: None, after_tokens=None, kinds=6)) == []
+        assert [worker.pid for worker in workers_of(service, survivors)] == pids
+        for pid, was in zip(pids, before, strict=True):
+            # A decode worker maps two files of each prefill worker that lives, and has its own KV and generations.
+            census.eventually(
+                "mappings of the dead are gone", lambda pid=pid: census.holdings(pid).num_memory_files <= 6
+            )
+            now = census.holdings(pid)
+            assert now.num_descriptors - was.num_descriptors < 3, (survivors, was, now)
+            assert now.num_threads - was.num_threads < 6, (survivors, was, now)  # the pools of a client fill up lazily
+
+
+def test_down_leaves_nothing_but_logs(tiny_llama: Path) -> None:
+    shared_memory = set(os.listdir("/dev/shm"))
+    with running_service(prefill=1, decode=1, num_threads=1, model=str(tiny_llama), kv_memory="8Mi") as service:
+        chaos = Chaos(service, workloads(16))
+        asyncio.run(chaos.learn())
+        workers = service.wait_all_ready()
+        sockets = census.abstract_sockets("baton-kv-")
+        kill(workers_of(service, "prefill")[0])
+        service.wait_all_ready()
+        pids = [worker.pid for worker in service.wait_all_ready()]
+        ports = [service.port, *(int(worker.http.rsplit(":", 1)[1]) for worker in workers)]
+        mine = census.abstract_sockets("baton-kv-") - sockets
+        service.baton("down")
+        assert wait_until_gone(pids, timeout_s=30) == []
+        census.eventually("the files are gone", lambda: _files(service) == {"logs"}, timeout_s=20)
+    for port in ports:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0, f"somebody listens on {port}"
+    assert not mine & census.abstract_sockets("baton-kv-")
+    assert set(os.listdir("/dev/shm")) <= shared_memory
+
+
+def _files(service: Service) -> set[str]:
+    return {path.name for path in (service.run_dir / service.name).iterdir()}
+
+
+def test_there_are_always_enough_workers_to_choose_from(service: Service) -> None:
+    assert len(wait_enough_ready(service)) >= 3
+    assert len(PROMPT) > 4 * CHUNK["maxBatchedTokens"]  # several chunks, so that a kill can fall between two
