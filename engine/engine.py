@@ -88,6 +88,7 @@ class Engine:
         self._sequence_ids = itertools.count()
         self._quantiles = random.Random(config.estimate_seed)
         self._is_draining = False
+        self._num_peer_waits = 0  # steps in which all that waits, waits for a peer: alive, with nothing to compute
         self._step_s = 0.0
         self._prefill_tokens_per_s = 0.0
 
@@ -217,6 +218,8 @@ class Engine:
             self._take_decoded(plan, tokens)
             num_prompt_tokens = self._take_prompts(plan, tokens)
             self._measure(self._clock() - began, len(plan.decodes), num_prompt_tokens)
+        elif self._scheduler.remote or self._scheduler.transfers or self._scheduler.pinned:
+            self._num_peer_waits += 1
         events, self._events = self._events, []
         return StepResult(events, len(plan.decodes), num_prompt_tokens)
 
@@ -246,7 +249,8 @@ class Engine:
         self.counters.evicted_blocks = pool.num_evicted
         num_filling = scheduler.num_filling
         return EngineLoad(
-            step_counter=self.counters.steps,
+            # Work that waits for memory or seats which a hand-over holds is not stuck: the peers' deadlines end it.
+            step_counter=self.counters.steps + self._num_peer_waits,
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             num_waiting_tokens=scheduler.num_waiting_tokens,

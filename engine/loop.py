@@ -48,6 +48,7 @@ class EngineThread:
         self._crash: BaseException | None = None
         self._load = engine.load()
         self._load_at = 0.0
+        self._was_idle = True
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -123,6 +124,9 @@ class EngineThread:
     def _step_or_wait(self) -> None:
         engine = self._engine
         if engine.has_work or engine.next_deadline() <= engine.now():
+            if self._was_idle:
+                self._renew_load(0.0)  # a first step that never ends must be seen with the work that it hangs on
+            self._was_idle = False
             result = engine.step()
             if result.events:
                 self._on_events(result.events)
@@ -132,6 +136,7 @@ class EngineThread:
             timeout_s = BLOCKED_WAIT_S
         else:
             timeout_s = engine.next_deadline() - engine.now()
+        self._was_idle = True
         self._renew_load(0.0)
         with self._wake:
             if not self._inbox and not self._is_stopping:
@@ -145,7 +150,7 @@ class EngineThread:
     def _fail_pending(self) -> None:
         with self._wake:
             self._is_stopping = True
-            left = [future for future in self._pending if not future.done()]
+            left = [future for future in tuple(self._pending) if not future.done()]  # others discard meanwhile
         for future in left:
             if future.set_running_or_notify_cancel():
                 future.set_exception(EngineCrashed("the engine thread has ended"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 
 import pytest
 
@@ -108,3 +109,29 @@ def test_a_stopped_engine_takes_no_calls():
     with pytest.raises(EngineCrashed, match="has ended"):
         running.thread.submit(Engine.load)
     assert running.crashes.empty()
+
+
+class HangingRunner:
+    """A device that accepts a batch and never answers, until the test lets it go."""
+
+    def __init__(self) -> None:
+        self.is_entered, self.may_leave = threading.Event(), threading.Event()
+
+    def execute(self, batch: object) -> list[object]:
+        self.is_entered.set()
+        self.may_leave.wait(10.0)
+        raise RuntimeError("let go")
+
+    def zero_slots(self, block_id: int, first_slot: int) -> None:
+        """Never reached."""
+
+
+def test_a_first_step_that_hangs_shows_the_work_it_hangs_on():
+    runner = HangingRunner()
+    engine = Engine(make_engine()[0].config, runner)  # pyright: ignore[reportArgumentType]
+    with Running(engine) as running:
+        running.thread.submit(lambda engine: start(engine, 1)).result(5.0)
+        assert runner.is_entered.wait(5.0)
+        load = running.thread.load
+        runner.may_leave.set()
+    assert load.num_running + load.num_waiting > 0, "or nobody notices that the process stands still"

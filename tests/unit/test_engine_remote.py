@@ -427,3 +427,18 @@ class TwoEngines(RuleBasedStateMachine):
 
 TwoEngines.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestTwoEngines = TwoEngines.TestCase
+
+
+def test_waiting_behind_hand_overs_counts_as_progress():
+    """The one seat is promised to a prompt that queues at P: D computes nothing, and must not be taken for dead."""
+    world = World({"max_num_seqs": 1})
+    first = world.add(prompt_of(10), SAMPLING, remote=True)
+    world.add(prompt_of(10, 3), SAMPLING)
+    world.step_decode()
+    before = world.decode.load()
+    world.step_decode()
+    after = world.decode.load()
+    assert first.transfer is not None
+    assert after.num_waiting == 1
+    assert after.step_counter > before.step_counter
+    world.settle()
