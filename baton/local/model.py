@@ -38,6 +38,7 @@ def describe_model(service: LLMService, *, say: Callable[[str], None]) -> ModelF
         model_id=service.spec.model.name or _name_of(source),
         weight_bytes=num_parameters(config) * dtype_bytes,
         kv_bytes_per_token=2 * config.num_layers * config.num_kv_heads * config.head_dim * _KV_BYTES,
+        max_model_len=config.max_position_embeddings,
     )
     say(f"model: {facts.model_id}, {num_parameters(config) / 1e6:,.0f} M parameters, {path}")
     return facts

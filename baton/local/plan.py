@@ -25,6 +25,7 @@ GATEWAY_BYTES = 300 * MIB
 WORKER_RUNTIME_BYTES = 600 * MIB  # Python, torch and activations
 DEFAULT_KV_BYTES = 2048 * MIB
 MIN_KV_BYTES = 32 * MIB
+MAX_BLOCK_SIZE = 256  # tokens; the largest spec.engine.blockSize
 DRAIN_S = 30  # what running requests have to finish when a process is stopped
 
 
@@ -58,6 +59,7 @@ class ModelFacts:
     model_id: str
     weight_bytes: int
     kv_bytes_per_token: int
+    max_model_len: int = 0  # of prompt and output together, as the model itself says; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +131,10 @@ def plan_added_worker(
     left = _kv_budget(machine, model, len(workers) + 1) - held
     wanted = shares[role]
     stated = pool_of(service, role).kv_memory
-    if left < (stated or MIN_KV_BYTES):
+    needed = stated or _least_kv(service, model)
+    if left < needed:
         raise PlanError(
-            f"no memory for {role.value}-{index}: {_mib(max(left, 0))} of KV are left, {_mib(stated or MIN_KV_BYTES)} "
+            f"no memory for {role.value}-{index}: {_mib(max(left, 0))} of KV are left, {_mib(needed)} "
             f"are needed; set a smaller spec.pools.*.kvMemory (running workers hold {_mib(held)}) and start again"
         )
     return worker_spec(
@@ -158,18 +161,20 @@ def divide_machine(
     held = sum((stated[role] or 0) * replicas[role] for role in POOL_ROLES)
     num_open = sum(replicas[role] for role in POOL_ROLES if stated[role] is None)
     whole = (budget - held) // num_open // MIB * MIB if num_open else 0
-    share = min(DEFAULT_KV_BYTES, max(whole // 2 // MIB * MIB, min(whole, MIN_KV_BYTES)))
+    least = _least_kv(service, model)
+    share = max(min(DEFAULT_KV_BYTES, whole // 2 // MIB * MIB), min(whole, least))
     if pool_limits and held and budget < held:
         raise PlanError(
             f"spec.pools.*.kvMemory asks for {_mib(held)} in all, but {_mib(max(budget, 0))} are left for KV "
             f"({_budget_words(machine, model, num_workers)}); ask for less or run fewer replicas"
         )
-    if pool_limits and num_open and share < MIN_KV_BYTES:
+    if pool_limits and num_open and share < least:
         raise PlanError(
-            f"{_mib(max(share, 0))} of KV memory would be left for each worker, {_mib(MIN_KV_BYTES)} are the least "
-            f"({_budget_words(machine, model, num_workers)}); run fewer spec.pools.*.replicas or a smaller model"
+            f"{_mib(max(share, 0))} of KV memory would be left for each worker, {_mib(least)} are the least "
+            f"({_budget_words(machine, model, num_workers)}); run fewer spec.pools.*.replicas, "
+            "state a smaller spec.engine.maxModelLen or take a smaller model"
         )
-    shares = {role: WorkerShare(threads[role], stated[role] or max(share, MIN_KV_BYTES)) for role in POOL_ROLES}
+    shares = {role: WorkerShare(threads[role], stated[role] or max(share, least)) for role in POOL_ROLES}
     per_role = ", ".join(
         f"{role.value} {_mib(shares[role].kv_bytes)} = {shares[role].kv_bytes // model.kv_bytes_per_token} tokens"
         for role in POOL_ROLES
@@ -258,6 +263,15 @@ def _divide_threads(service: LLMService, machine: Machine, replicas: Mapping[Rol
     if num_open:
         words += f", divided among {num_open} worker{'s' if num_open > 1 else ''}: {share} each"
     return threads, words
+
+
+def _least_kv(service: LLMService, model: ModelFacts) -> int:
+    """One sequence of the greatest length must fit, or the worker refuses to start. In whole MiB, at least the minimum.
+
+    A block more than the tokens need: the length is rounded up to whole blocks.
+    """
+    num_tokens = (service.spec.engine.max_model_len or model.max_model_len) + MAX_BLOCK_SIZE
+    return max(MIN_KV_BYTES, -(-num_tokens * model.kv_bytes_per_token // MIB) * MIB)
 
 
 def _kv_budget(machine: Machine, model: ModelFacts, num_workers: int) -> int:

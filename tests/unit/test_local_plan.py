@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,20 @@ def test_cpus_are_divided_equally_and_every_worker_has_one() -> None:
         assert [flags(planned[name])["--threads"] for name in ("prefill-0", "decode-0", "decode-1")] == [
             str(threads)
         ] * 3
+
+
+def test_a_share_holds_one_sequence_of_the_greatest_length() -> None:
+    """350 MiB of KV for SmolLM2's 8,192 tokens of 45 KiB each once put four workers into a crash loop."""
+    model = replace(MODEL, max_model_len=8192)
+    pools = {"prefill": {"replicas": 2}, "decode": {"replicas": 2}}
+    taken = GATEWAY_BYTES + model.weight_bytes + 4 * WORKER_RUNTIME_BYTES
+    small, smaller = (Machine(2, int((taken + 4 * each * MIB) / USABLE_SHARE)) for each in (500, 350))
+    planned = by_id(plan_service(service(pools=pools), small, model, PATHS))
+    assert all(int(flags(planned[name])["--kv-memory"]) >= 8192 * 46080 for name in planned if name != "gateway")
+    with pytest.raises(PlanError, match="maxModelLen"):
+        plan_service(service(pools=pools), smaller, model, PATHS)
+    planned = by_id(plan_service(service(pools=pools, engine={"maxModelLen": 2048}), smaller, model, PATHS))
+    assert flags(planned["decode-1"])["--max-model-len"] == "2048"
 
 
 def test_stated_threads_are_taken_before_the_rest_is_divided() -> None:
