@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from bench.service import Service, Worker
 from tests.metrics_text import Metrics
@@ -38,11 +39,22 @@ def holdings(pid: int) -> Holdings:
     return Holdings(len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task")), len(memory_files))
 
 
-def abstract_sockets(prefix: str) -> set[str]:
-    """Names of listening unix sockets without a file, without the leading @."""
+def abstract_sockets(pids: Iterable[int]) -> set[str]:
+    """Names of the unix sockets without a file that these processes hold, without the leading @."""
+    held = {os.readlink(path) for pid in pids for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()}
+    return {name for inode, name in _abstract_names() if f"socket:[{inode}]" in held}
+
+
+def every_abstract_socket() -> set[str]:
+    """Those of every process in this network namespace."""
+    return {name for _, name in _abstract_names()}
+
+
+def _abstract_names() -> Iterator[tuple[str, str]]:
     with open("/proc/net/unix") as table:
-        names = {words[7] for line in table if len(words := line.split()) == 8}
-    return {name[1:] for name in names if name.startswith(f"@{prefix}")}
+        for words in map(str.split, table):
+            if len(words) == 8 and words[7].startswith("@"):
+                yield words[6], words[7][1:]
 
 
 def eventually(what: str, condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
@@ -58,3 +70,10 @@ def at_rest(service: Service) -> None:
     workers = [worker for worker in service.wait_all_ready() if worker.role != "gateway"]
     for worker in workers:
         eventually(f"{worker.worker_id} is at rest", lambda worker=worker: scrape(worker).is_at_rest)
+
+
+def errors_in_logs(service: Service) -> list[str]:
+    """What no process should ever say, whoever else died: errors, and tracebacks that nobody caught."""
+    logs = sorted((service.run_dir / service.name / "logs").glob("*.log"))
+    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+    return [line for line in lines if line.startswith("Traceback") or line.split(" ")[1:2] in (["ERROR"], ["CRITICAL"])]

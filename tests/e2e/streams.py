@@ -31,6 +31,7 @@ class Stream:
     num_usage_tokens: int | None = None
     is_done: bool = False
     error: str = ""
+    first_gap_s: float = 0.0  # until the first event
     slowest_gap_s: float = 0.0
 
     @property
@@ -71,6 +72,7 @@ async def open_stream(
         async with asyncio.timeout(timeout_s):
             async for event in post_events(host, port, path, asked):
                 now = time.perf_counter()
+                stream.first_gap_s = stream.first_gap_s or now - heard_at
                 stream.slowest_gap_s, heard_at = max(stream.slowest_gap_s, now - heard_at), now
                 if event == "[DONE]":
                     stream.is_done = True

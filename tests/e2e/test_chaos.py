@@ -53,10 +53,12 @@ def chaos(service: Service) -> Chaos:
 
 @pytest.fixture(autouse=True)
 def at_rest_afterwards(request: pytest.FixtureRequest) -> Generator[None]:
-    """Whatever a test did: every block comes back."""
+    """Whatever a test did: every block comes back, and no process complained of more than its peers' end."""
     yield
     if "service" in request.fixturenames:
-        census.at_rest(request.getfixturevalue("service"))
+        service = request.getfixturevalue("service")
+        census.at_rest(service)
+        assert census.errors_in_logs(service) == []
 
 
 def workers_of(service: Service, role: str) -> list[Worker]:
@@ -76,6 +78,7 @@ def test_fast_mode_loses_and_doubles_nothing(tiny_llama: Path) -> None:
         report = asyncio.run(run_kills(chaos, 4, SEED, NUM_TOKENS))
         assert not report.failed
         census.at_rest(service)
+        assert census.errors_in_logs(service) == []
 
 
 def test_a_prefill_and_a_decode_worker_killed_at_once_change_no_stream(service: Service, chaos: Chaos) -> None:
@@ -169,6 +172,8 @@ def test_kills_leave_no_descriptor_thread_mapping_or_socket_at_the_survivors(ser
         census.at_rest(service)
         assert asyncio.run(chaos.round(lambda: None, after_tokens=None, kinds=6)) == []
         assert [worker.pid for worker in workers_of(service, survivors)] == pids
+        announced = {path.stem for path in (service.run_dir / service.name / "registry").iterdir()}
+        assert announced == {worker.worker_id for worker in service.workers() if worker.role != "gateway"}
         for pid, was in zip(pids, before, strict=True):
             # A decode worker maps two files of each prefill worker that lives, and has its own KV and generations.
             census.eventually(
@@ -180,25 +185,22 @@ def test_kills_leave_no_descriptor_thread_mapping_or_socket_at_the_survivors(ser
 
 
 def test_down_leaves_nothing_but_logs(tiny_llama: Path) -> None:
-    shared_memory = set(os.listdir("/dev/shm"))
     with running_service(prefill=1, decode=1, num_threads=1, model=str(tiny_llama), kv_memory="8Mi") as service:
-        chaos = Chaos(service, workloads(16))
-        asyncio.run(chaos.learn())
-        workers = service.wait_all_ready()
-        sockets = census.abstract_sockets("baton-kv-")
+        asyncio.run(Chaos(service, workloads(16)).learn())
         kill(workers_of(service, "prefill")[0])
-        service.wait_all_ready()
-        pids = [worker.pid for worker in service.wait_all_ready()]
+        workers = service.wait_all_ready()
+        pids = [worker.pid for worker in workers]
         ports = [service.port, *(int(worker.http.rsplit(":", 1)[1]) for worker in workers)]
-        mine = census.abstract_sockets("baton-kv-") - sockets
+        sockets = census.abstract_sockets(pids)
+        assert any(name.startswith("baton-kv-") for name in sockets), sockets
         service.baton("down")
         assert wait_until_gone(pids, timeout_s=30) == []
         census.eventually("the files are gone", lambda: _files(service) == {"logs"}, timeout_s=20)
     for port in ports:
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0, f"somebody listens on {port}"
-    assert not mine & census.abstract_sockets("baton-kv-")
-    assert set(os.listdir("/dev/shm")) <= shared_memory
+    assert not sockets & census.every_abstract_socket()
+    assert not [name for name in os.listdir("/dev/shm") if "baton" in name]
 
 
 def _files(service: Service) -> set[str]:

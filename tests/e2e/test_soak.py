@@ -35,5 +35,7 @@ def test_hundreds_of_kills_change_no_stream(model: str, deterministic: bool, tin
         num_tokens = NUM_TOKENS if is_tiny else NUM_TOKENS // 2
         report = asyncio.run(run_kills(chaos, NUM_KILLS, SEED, num_tokens, lambda word: print(word, flush=True)))
         census.at_rest(service)
+        errors = census.errors_in_logs(service)
+    assert not errors, "\n".join(errors)
     assert not report.failed, "\n".join(report.failed)
     assert not report.diverged, "\n".join(report.diverged)
