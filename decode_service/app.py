@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 MAX_STREAMS = 256
 
+CUT_GRACE_S = 1.0
+"""How long a stream that was cut may take to hand over what was queued on it."""
+
 
 class DecodeServicer:
     """Streams in and out; `Attempts` does the work."""
@@ -60,24 +63,36 @@ class DecodeServicer:
     async def _hello(self, request: pb.HelloRequest, context: rpc.Context) -> pb.HelloReply:
         return pb.HelloReply(protocol_version=PROTOCOL_VERSION, worker=self._info, load=self._load())
 
-    async def _generate(
-        self, requests: AsyncIterator[pb.GenerateUp], context: rpc.Context
-    ) -> AsyncIterator[pb.GenerateDown]:
-        """One gateway's stream. Its end, however it comes, cancels every attempt on it."""
+    async def _generate(self, requests: AsyncIterator[pb.GenerateUp], context: rpc.Context) -> None:
+        """One gateway's stream. Its end, however it comes, cancels every attempt on it.
+
+        A gateway that stopped reading blocks the writer for as long as it likes, so nobody waits for the writer.
+        """
         if len(self._streams) >= MAX_STREAMS:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"streams: the limit is {MAX_STREAMS}")
+        await context.send_initial_metadata(())  # before the first write, which would send it at the same time
         stream = GatewayStream(time.monotonic())
         self._streams.add(stream)
         reader = asyncio.create_task(self._read(stream, requests), name="generate-read")
+        writer = asyncio.create_task(self._write(stream, context), name="generate-write")
         try:
             stream.heartbeat(self._load())
-            async for message in stream.messages():
-                yield message
+            await stream.until_cut()
+            self._attempts.leave(stream)
+            await asyncio.wait([writer], timeout=CUT_GRACE_S)
         finally:
             self._streams.discard(stream)
             self._attempts.leave(stream)
             reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            writer.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+
+    async def _write(self, stream: GatewayStream, context: rpc.Context) -> None:
+        try:
+            async for message in stream.messages():
+                await context.write(message)
+        finally:
+            stream.cut()
 
     async def _read(self, stream: GatewayStream, requests: AsyncIterator[pb.GenerateUp]) -> None:
         try:

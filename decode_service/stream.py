@@ -22,6 +22,7 @@ class GatewayStream:
         self.liveness = LivenessMonitor(now)
         self._outgoing: asyncio.Queue[pb.GenerateDown | None] = asyncio.Queue()
         self._step = pb.Step()
+        self._is_over = asyncio.Event()
 
     def accept(self, gateway_key: int) -> None:
         self._put(pb.GenerateDown(accepted=pb.Accepted(key=gateway_key)))
@@ -45,7 +46,12 @@ class GatewayStream:
     def cut(self) -> None:
         """End the stream; what was queued before is still sent if the gateway reads it."""
         self.is_cut = True
-        self._outgoing.put_nowait(None)
+        if not self._is_over.is_set():
+            self._is_over.set()
+            self._outgoing.put_nowait(None)
+
+    async def until_cut(self) -> None:
+        await self._is_over.wait()
 
     def is_silent(self, now: float) -> bool:
         return self.liveness.verdict(now) is Verdict.SILENT
