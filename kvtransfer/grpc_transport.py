@@ -28,6 +28,7 @@ from kvtransfer.transport import (
     BlockSource,
     OnRead,
     SourceBlock,
+    until_let_go,
 )
 
 _METHOD = "/baton.v1.PrefillWorker/Pull"
@@ -111,7 +112,10 @@ class GrpcBlockTransport:
 
     async def open(self, ticket: bytes, boot_id: bytes) -> BlockPuller:
         puller = _GrpcPuller(self._threads, self._block_bytes, boot_id)
-        puller.start(self._call, self._secret, ticket)
+        try:
+            puller.start(self._call, self._secret, ticket)
+        except ValueError as error:
+            raise TransportLost("the transport is closed") from error
         try:
             await puller.joined()
         except BaseException:
@@ -181,15 +185,17 @@ class _GrpcPuller:
 
     async def _on_thread(self, work: Callable[[], _T]) -> _T:
         """Run on the transport's thread; when cancelled, end the call and wait until the thread has let go."""
-        task = self._threads.submit(work)
+        try:
+            task = self._threads.submit(work)
+        except RuntimeError as error:
+            raise TransportLost("the transport is closed") from error
         running = asyncio.wrap_future(task)
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
             self._call.cancel()
             if not task.cancel():  # it runs, until the cancelled call wakes it
-                await asyncio.wait([running])
-                running.exception()  # retrieved: who asked to stop is not told why it stopped
+                await until_let_go(running)
             raise
 
     def _wait_joined(self) -> None:

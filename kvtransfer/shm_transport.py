@@ -44,6 +44,7 @@ from kvtransfer.transport import (
     BlockSource,
     OnRead,
     SourceBlock,
+    until_let_go,
 )
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ _NONCE_BYTES = 32
 _MAC_BYTES = 32
 _SIZES = struct.Struct("!QQ")
 _PATIENCE_S = 2.0
+_ACCEPT_PAUSE_S = 0.1
 _MAX_CONNECTIONS = 256
 _NUM_COPY_THREADS = 2
 
@@ -108,7 +110,12 @@ class ShmBlockServer:
 
     async def _accept(self, listener: socket.socket) -> None:
         while True:
-            connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+            try:
+                connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+            except OSError as error:  # out of descriptors, or the caller hung up: the next one may do better
+                log.warning("no shared memory connection could be taken: %s", error)
+                await asyncio.sleep(_ACCEPT_PAUSE_S)
+                continue
             if len(self._tasks) > _MAX_CONNECTIONS:
                 connection.close()
                 continue
@@ -190,13 +197,16 @@ class ShmBlockTransport:
         self._copies = ThreadPoolExecutor(_NUM_COPY_THREADS, thread_name_prefix="shm-copy")
 
     async def open(self, ticket: bytes, boot_id: bytes) -> BlockPuller:
-        link = await asyncio.get_running_loop().run_in_executor(self._joins, self._join, ticket, boot_id)
-        return _ShmPuller(link, self._copies)
+        try:
+            joining = self._joins.submit(self._join, ticket, boot_id)
+        except RuntimeError as error:
+            raise TransportLost("the transport is closed") from error
+        return _ShmPuller(await asyncio.wrap_future(joining), self._copies)
 
     async def aclose(self) -> None:
         """The mapping goes when the last copy out of it has ended."""
         self._is_closed = True
-        self._joins.shutdown(wait=False, cancel_futures=True)
+        self._joins.shutdown(wait=False)  # joins that still wait are refused, not cancelled: their callers were not
         self._copies.shutdown(wait=False)
         if self._link is not None:
             self._link.hang_up()
@@ -213,6 +223,9 @@ class ShmBlockTransport:
             self._link.join(ticket)
             return self._link
         except (OSError, EOFError) as error:
+            link, self._link = self._link, None  # its next answer might be the one that came too late
+            if link is not None:
+                link.hang_up()
             raise TransportLost(f"shared memory socket: {type(error).__name__} {error}") from error
 
 
@@ -317,8 +330,7 @@ class _ShmPuller:
         except asyncio.CancelledError:
             self._stop.set()
             if not task.cancel():
-                await asyncio.wait([running])
-                running.exception()  # retrieved: who asked to stop is not told why it stopped
+                await until_let_go(running)
             raise
 
     def _copy_all(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:

@@ -20,13 +20,15 @@ cannot be taken back and its destination is not ours until then. The generation 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvtransfer import frames
 from kvtransfer.errors import BlockNotPublished, TicketRefused
@@ -80,6 +82,15 @@ class BlockPuller(Protocol):
     async def aclose(self) -> None:
         """Give the ticket's data path back. Idempotent."""
         ...
+
+
+async def until_let_go(copying: asyncio.Future[Any]) -> None:
+    """Wait for a copy thread to end, however often we are cancelled meanwhile: it writes where others would read."""
+    while not copying.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([copying])
+    if not copying.cancelled():
+        copying.exception()  # retrieved: who asked to stop is not told why it stopped
 
 
 class BlockTransport(Protocol):
