@@ -80,4 +80,4 @@ def _tensor(source: SourceTensor, begin: int, end: int) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return tensor.view(torch.uint8).numpy().data
