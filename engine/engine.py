@@ -67,6 +67,9 @@ from engine.validation import validate_prefill, validate_request
 
 # Weight of the newest step in the moving averages that `load` reports.
 _SMOOTHING = 0.1
+# Prompt tokens after which a measured prefill speed has mostly replaced the one before: a step of a few tokens beside
+# many decodes says little.
+_SPEED_TOKENS = 1024
 
 
 class Engine:
@@ -264,6 +267,10 @@ class Engine:
             num_held_tokens=scheduler.num_held_tokens,
             num_blocks_in={state.name.lower(): pool.count(state) for state in BlockState},
         )
+
+    def forget_speeds(self) -> None:
+        """What was measured so far says nothing of what follows: a first run compiles, starts threads, faults pages."""
+        self._step_s = self._prefill_tokens_per_s = 0.0
 
     def drain(self) -> None:
         """Take no new requests; finish what is here."""
@@ -512,4 +519,5 @@ class Engine:
         self._step_s += (step_s - self._step_s) * (_SMOOTHING if self._step_s else 1.0)
         if num_prompt_tokens and step_s > 0:
             rate, known = num_prompt_tokens / step_s, self._prefill_tokens_per_s
-            self._prefill_tokens_per_s = known + (rate - known) * (_SMOOTHING if known else 1.0)
+            weight = min(0.5, num_prompt_tokens / _SPEED_TOKENS) if known else 1.0
+            self._prefill_tokens_per_s = known + (rate - known) * weight

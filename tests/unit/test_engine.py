@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.batch import Batch
 from engine.config import LengthEstimate, PolicyName
 from engine.engine import Engine
 from engine.errors import EngineDraining, PhaseConflict, RequestInvalid, RequestUnknown
 from engine.fake_runner import expected_output
 from engine.messages import ChoiceStart, EndReason, EngineRequest, Event, RequestEnded, TokenEvent
-from engine.request import FinishReason, SamplingParams
+from engine.request import FinishReason, SampledToken, SamplingParams
 from tests.unit.engine_world import VOCAB_SIZE, FakeClock, World, make_engine
 
 PROMPT = (5, 3, 5, 8, 9, 7, 9, 3, 2)
@@ -339,3 +340,34 @@ def test_preemption_and_sharing_change_no_output(data: st.DataObject):
             world.step_decode()
     world.settle()
     assert all(client.finished == set(client.expected) for client in world.clients.values())
+
+
+class TimedRunner:
+    """Takes a given time for each step."""
+
+    def __init__(self, engine: Engine, clock: FakeClock) -> None:
+        self.step_s = 1.0
+        self._runner, self._clock = engine._runner, clock
+        engine._runner = self
+
+    def execute(self, batch: Batch) -> list[SampledToken]:
+        self._clock.now += self.step_s
+        return self._runner.execute(batch)
+
+
+def test_prefill_speed_follows_steps_by_their_tokens_and_starts_anew_after_the_warm_up():
+    clock = FakeClock()
+    engine, _ = make_engine(clock)
+    runner = TimedRunner(engine, clock)
+
+    def speed_after(key: int, num_tokens: int, step_s: float) -> float:
+        runner.step_s = step_s
+        serve(engine, request(key, tuple(1 + (key + i) % 9 for i in range(num_tokens)), max_tokens=1))
+        return engine.load().prefill_tokens_per_s
+
+    assert speed_after(1, 16, step_s=16.0) == 1.0, "the first measurement stands alone"
+    engine.forget_speeds()
+    assert engine.load().prefill_tokens_per_s == 0.0
+    assert speed_after(2, 16, step_s=0.16) == pytest.approx(100.0)
+    assert speed_after(3, 1, step_s=1.0) == pytest.approx(100.0, rel=0.01), "one token beside others says little"
+    assert speed_after(4, 16, step_s=0.32) < 99.5

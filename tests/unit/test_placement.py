@@ -69,6 +69,12 @@ def test_a_slow_wire_brings_it_back() -> None:
     assert place(Policy.AUTO, LONG, slow, [IDLE]).reason is Reason.LOCAL_FASTER
 
 
+def test_the_wire_of_an_unmeasured_transfer_is_taken_to_be_a_loopback_one() -> None:
+    unmeasured = replace(LOCAL, transfer_bytes_per_s=0.0)
+    assert predict_remote_s(LONG, unmeasured, IDLE) == predict_remote_s(LONG, LOCAL, IDLE)
+    assert predict_remote_s(LONG, replace(LOCAL, transfer_bytes_per_s=1e7), IDLE) > predict_remote_s(LONG, LOCAL, IDLE)
+
+
 def test_before_anything_was_measured_it_is_local() -> None:
     unknown = replace(LOCAL, prefill_tokens_per_s=0.0, num_running=8)
     assert place(Policy.AUTO, LONG, unknown, [IDLE]).reason is Reason.SPEED_UNKNOWN
