@@ -5,8 +5,11 @@ each with two single-threaded workers on the same two cores:
 
   colocated      two decode workers that prefill for themselves (chunked, piggybacked on decode)
   disaggregated  one prefill worker and one decode worker; every prompt's KV is handed over
+  auto           the same two; the decode worker decides for each prompt by the predicted cost
 
-    python -m bench.pd [--seconds 60] [--json FILE]
+    python -m bench.pd [--seconds 60] [--repeats 3] [--modes colocated auto] [--json FILE]
+
+Each repetition runs every mode over the same arrivals; the last lines are the medians.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ import argparse
 import asyncio
 import json
 import random
+import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.client import Outcome, percentile, stream_completion
 from bench.service import Service, running_service
@@ -25,9 +30,10 @@ from bench.service import Service, running_service
 CHAT_TOKENS, LONG_TOKENS, OUTPUT_TOKENS = 64, 1536, 48
 TTFT_OBJECTIVE_S = {"chat": 1.0, "long": 6.0}
 TPOT_OBJECTIVE_S = 0.100
-MODES = {
+MODES: dict[str, dict[str, Any]] = {
     "colocated": {"disaggregation": "Never", "prefill": 0, "decode": 2},
     "disaggregated": {"disaggregation": "Always", "prefill": 1, "decode": 1},
+    "auto": {"disaggregation": "Auto", "prefill": 1, "decode": 1},
 }
 
 
@@ -41,6 +47,7 @@ class Figures:
     chat_ttft_p50_s: float
     chat_ttft_p99_s: float
     long_ttft_p50_s: float
+    long_ttft_p99_s: float
     itl_p50_s: float
     itl_p99_s: float
     itl_max_s: float
@@ -98,6 +105,7 @@ def figures(mode: str, outcomes: list[Outcome]) -> Figures:
         chat_ttft_p50_s=percentile(chats, 50),
         chat_ttft_p99_s=percentile(chats, 99),
         long_ttft_p50_s=percentile(longs, 50),
+        long_ttft_p99_s=percentile(longs, 99),
         itl_p50_s=percentile(gaps, 50),
         itl_p99_s=percentile(gaps, 99),
         itl_max_s=max(gaps, default=float("nan")),
@@ -112,25 +120,41 @@ def main() -> None:
     parser.add_argument("--chats-per-s", type=float, default=1.0)
     parser.add_argument("--longs-per-s", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    rows: list[Figures] = []
-    for mode, spec in MODES.items():
-        with running_service(num_threads=1, **spec) as service:
-            due = arrivals(args.seconds, args.chats_per_s, args.longs_per_s, args.seed)
-            asyncio.run(drive(service, [(0.0, "chat"), (0.2, "long")], seed=0))  # warm-up, not counted
-            rows.append(figures(mode, asyncio.run(drive(service, due, args.seed))))
-            print(format_row(rows[-1]), flush=True)
+    due = arrivals(args.seconds, args.chats_per_s, args.longs_per_s, args.seed)
+    rows: dict[str, list[Figures]] = {mode: [] for mode in args.modes}
+    for _ in range(args.repeats):
+        for mode in args.modes:
+            rows[mode].append(run_mode(mode, due, args.seed))
+            print(format_row(rows[mode][-1]), flush=True)
+    medians = [median(rows[mode]) for mode in args.modes]
+    if args.repeats > 1:
+        print(f"medians of {args.repeats}:", *map(format_row, medians), sep="\n")
     if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        args.json.write_text(json.dumps([asdict(row) for row in medians], indent=1))
+
+
+def run_mode(mode: str, due: list[tuple[float, str]], seed: int) -> Figures:
+    with running_service(num_threads=1, **MODES[mode]) as service:
+        asyncio.run(drive(service, [(0.0, "chat"), (0.2, "long")], seed=0))  # warm-up, not counted
+        return figures(mode, asyncio.run(drive(service, due, seed)))
+
+
+def median(rows: list[Figures]) -> Figures:
+    """Field by field."""
+    columns = {name: [asdict(row)[name] for row in rows] for name in asdict(rows[0]) if name != "mode"}
+    return Figures(mode=rows[0].mode, **{name: statistics.median(values) for name, values in columns.items()})
 
 
 def format_row(row: Figures) -> str:
     return (
         f"{row.mode:14} {row.num_requests:3} requests ({row.num_failed} failed)  "
         f"chat TTFT p50 {row.chat_ttft_p50_s * 1e3:5.0f} p99 {row.chat_ttft_p99_s * 1e3:6.0f} ms  "
-        f"long TTFT p50 {row.long_ttft_p50_s * 1e3:6.0f} ms  "
+        f"long TTFT p50 {row.long_ttft_p50_s * 1e3:6.0f} p99 {row.long_ttft_p99_s * 1e3:6.0f} ms  "
         f"ITL p50 {row.itl_p50_s * 1e3:5.1f} p99 {row.itl_p99_s * 1e3:6.1f} max {row.itl_max_s * 1e3:6.0f} ms  "
         f"goodput {row.goodput_per_s:.2f}/s  {row.output_tokens_per_s:.0f} tok/s"
     )

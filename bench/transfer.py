@@ -9,6 +9,9 @@ them by every path in turn, each round over other blocks than the last, so that 
     shm        the shared memory transport, with and without digest verification
     fetch      the whole hand-over, start to commit, over the real control stream and an engine that computes nothing:
                what is left after subtracting the raw copy of the same bytes is the protocol
+    hand-over  the same in the order of a real prefill: the prompt's blocks are filled a step of 192 tokens at a time,
+               0.4 s apart, and published as they are digested. From the last block's last byte at P to the commit at
+               D, less the raw copy of the last step's bytes: what disaggregation adds to a prompt's first token
 """
 
 from __future__ import annotations
@@ -40,15 +43,18 @@ from kvtransfer.digest import block_digest
 from kvtransfer.fake_backend import FakePrefillBackend
 from kvtransfer.grpc_transport import GrpcBlockTransport
 from kvtransfer.prefill_client import DecodeIdentity, PrefillClient
-from kvtransfer.prefill_server import PrefillServer
+from kvtransfer.prefill_server import BlocksFilled, PrefillDone, PrefillServer
 from kvtransfer.prefill_side import HeldTokens, PrefillLimits
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.shm_transport import ShmBlockServer, ShmBlockTransport, host_id
 from kvtransfer.transport import BlockRead, BlockSource, BlockTransport, SourceBlock
+from workerkit.process import SWITCH_INTERVAL_S
 
 SECRET = Secret("bench")
 BLOCK_SIZES = {16: 737_280, 32: 1_474_560}  # tokens -> bytes of SmolLM2-135M in fp32
 NUM_BLOCKS = 384
+STEPPED = "stepped"
+STEP_TOKENS, STEP_S = 192, 0.4  # a prefill worker's default step, at SmolLM2's 500 tokens/s
 MIB = 1 << 20
 _REQUEST_BYTES = 16
 
@@ -63,7 +69,7 @@ async def serve_prefill(block_size: int) -> None:
     memory = memoryview(mmap.mmap(fd, NUM_BLOCKS * block_bytes))
     np.frombuffer(memory, np.uint64)[:] = np.arange(len(memory) // 8, dtype=np.uint64)
     source = BlockSource(memory, block_bytes, secrets.token_bytes(16))
-    backend = FakePrefillBackend(NUM_BLOCKS, block_size)
+    backend = SteppingBackend(NUM_BLOCKS, block_size)
     shm = ShmBlockServer(source, fd, SECRET)
     worker = pb.WorkerInfo(
         worker_id="p",
@@ -91,6 +97,38 @@ async def serve_prefill(block_size: int) -> None:
         source.publish(ticket, _blocks(first, count))
         print(ticket.hex(), flush=True)
     os._exit(0)
+
+
+class SteppingBackend(FakePrefillBackend):
+    """Fills a prompt whose request id is STEPPED as a prefill would, and notes when it had filled the last block.
+
+    Both processes read the same clock (CLOCK_MONOTONIC), so the time travels as the prompt's `prefill_s`.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        super().__init__(num_blocks, block_size)
+        self._running: set[asyncio.Task[None]] = set()
+
+    def _run(self, key: int, prompt: Any) -> None:
+        is_stepped = prompt.start.request_id == STEPPED
+        if not is_stepped:
+            super()._run(key, prompt)
+        elif prompt.num_filled == 0:
+            prompt.num_filled = len(prompt.blocks)  # the grants that follow start nothing
+            task = asyncio.create_task(self._run_in_steps(key, prompt))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+
+    async def _run_in_steps(self, key: int, prompt: Any) -> None:
+        size = STEP_TOKENS // self._block_size
+        steps = [prompt.blocks[first : first + size] for first in range(0, len(prompt.blocks), size)]
+        for number, blocks in enumerate(steps, 1):
+            await asyncio.sleep(STEP_S)
+            events: list[Any] = [BlocksFilled(key, blocks)]
+            if number == len(steps):
+                tokens = [pb.FirstToken(choice=choice, token_id=1) for choice in prompt.start.choices]
+                events.append(PrefillDone(key, None, tokens, 0.0, time.perf_counter()))
+            self.deliver(events)
 
 
 def _blocks(first: int, count: int) -> list[SourceBlock]:
@@ -209,18 +247,19 @@ class Bench:
         await puller.aclose()
         return elapsed
 
-    async def fetch(self, client: PrefillClient, count: int) -> float:
+    async def fetch(self, client: PrefillClient, count: int, request_id: str = "bench") -> float:
+        """Seconds from the order to the commit; for a stepped prompt from its last block."""
         _, destinations = self._rotate(count)
         order = PrefillOrder(
-            "bench", [7] * (count * self._peer.worker.block_size), 0, pb.SamplingParams(), (0,), b"", 60.0
+            request_id, [7] * (count * self._peer.worker.block_size), 0, pb.SamplingParams(), (0,), b"", 60.0
         )
 
         async def reserve() -> Sequence[memoryview]:
             return destinations
 
         started = time.perf_counter()
-        await client.fetch(order, reserve)
-        return time.perf_counter() - started
+        fetched = await client.fetch(order, reserve)
+        return time.perf_counter() - (fetched.commit.prefill_s if request_id == STEPPED else started)
 
     async def bandwidth(self, counts: Sequence[int]) -> list[Row]:
         rows: list[Row] = []
@@ -272,8 +311,32 @@ class Bench:
                 p50, p99 = statistics.median(beyond), beyond[min(len(beyond) - 1, int(0.99 * len(beyond)))]
                 row = Row(f"fetch {transport}", self._block_bytes, count, gb_per_s, None, None, p50, p99)
                 rows.append(row)
+            for count in (num_tokens // self._peer.worker.block_size for num_tokens in (512, 1536)):
+                rows.append(await self._stepped(client, transport, raw_measure, count))
             await client.aclose()
         return rows
+
+    async def _stepped(
+        self, client: PrefillClient, transport: str, raw_measure: Callable[[int], Awaitable[float]], count: int
+    ) -> Row:
+        size = STEP_TOKENS // self._peer.worker.block_size
+        num_last = count % size or size
+        raws, exposed = [], []
+        for _ in range(self._rounds):
+            raws.append(await raw_measure(num_last))
+            exposed.append(await self.fetch(client, count, STEPPED))
+        beyond = sorted(1000 * (each - statistics.median(raws)) for each in exposed)
+        gb_per_s = num_last * self._block_bytes / statistics.median(exposed) / 1e9
+        return Row(
+            f"hand-over {transport}",
+            self._block_bytes,
+            count,
+            gb_per_s,
+            None,
+            None,
+            statistics.median(beyond),
+            beyond[-1],
+        )
 
 
 async def run(block_size: int, counts: Sequence[int], rounds: int) -> list[Row]:
@@ -299,14 +362,14 @@ async def run(block_size: int, counts: Sequence[int], rounds: int) -> list[Row]:
 
 
 def show(rows: Sequence[Row]) -> None:
-    print(f"{'path':<14}{'block':>10}{'blocks':>8}{'GB/s':>8}{'of raw':>8}{'best':>8}{'beyond raw p50':>16}{'p99':>8}")
+    print(f"{'path':<16}{'block':>10}{'blocks':>8}{'GB/s':>8}{'of raw':>8}{'best':>8}{'beyond raw p50':>16}{'p99':>8}")
     for row in rows:
         ratio = f"{100 * row.ratio:.0f} %" if row.ratio is not None else ""
         best = f"{100 * row.ratio_best:.0f} %" if row.ratio_best is not None else ""
         p50 = f"{row.overhead_ms_p50:.2f} ms" if row.overhead_ms_p50 is not None else ""
         p99 = f"{row.overhead_ms_p99:.2f}" if row.overhead_ms_p99 is not None else ""
         print(
-            f"{row.path:<14}{row.block_bytes:>10}{row.num_blocks:>8}{row.gb_per_s:>8.2f}{ratio:>8}{best:>8}{p50:>16}{p99:>8}"
+            f"{row.path:<16}{row.block_bytes:>10}{row.num_blocks:>8}{row.gb_per_s:>8.2f}{ratio:>8}{best:>8}{p50:>16}{p99:>8}"
         )
 
 
@@ -318,6 +381,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)  # as the workers do
     if arguments.serve is not None:
         asyncio.run(serve_prefill(arguments.serve))
         return
