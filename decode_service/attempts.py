@@ -10,6 +10,7 @@ client of kvtransfer returns only when nothing writes into our blocks any more, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -327,7 +328,17 @@ class Attempts:
             for attempt in self._by_key.values():
                 attempt.is_handed_over = True
                 self._engine.post(lambda engine, key=attempt.engine_key: engine.cancel(key))
-            await asyncio.wait_for(self._idle.wait(), HAND_OVER_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), HAND_OVER_S)
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """The engine did not even take a cancel: tell the gateways, so that they replay elsewhere at no cost."""
+        if self._by_key:
+            log.error("the engine did not end in time", extra={"num_requests": len(self._by_key)})
+        for attempt in list(self._by_key.values()):
+            self._end(attempt, pb.END_DRAINING, "this worker is draining", RequestStats())
+            attempt.stream.flush()
 
     @property
     def num_live(self) -> int:

@@ -11,6 +11,7 @@ from decode_service.faults import FaultyPrefillClient
 from decode_service.placement import Policy
 from decode_service.remote import PrefillPool
 from engine.worker import KV_DTYPE, Replica
+from kvtransfer import rpc
 from kvtransfer.prefill_client import DecodeIdentity, PrefillClient
 from kvtransfer.protocol import baton_pb2 as pb
 from workerkit.engine_client import EngineClient
@@ -66,7 +67,7 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
     process.refresh_metrics = refresh_metrics
     # 4. Serve until told to end.
     servicer = DecodeServicer(attempts, engine, process.describe(replica))
-    await process.serve(servicer.add_to)
+    await process.serve(servicer.add_to, rpc.GENERATE_OPTIONS)
     process.spawn(servicer.beat(), "heartbeats")
     process.announce()
     status = await process.until_end(engine)

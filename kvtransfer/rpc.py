@@ -35,6 +35,13 @@ CONTROL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.use_local_subchannel_pool", 1),  # data and control never share a connection
 )
 
+GENERATE_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+)
+"""For the server of Generate. A replay carries the logs of all choices; one message over the limit would end the
+stream, and with it every other request of that gateway. The gateway sends as much (gateway/rpc.py)."""
+
 DATA_OPTIONS: tuple[tuple[str, int], ...] = (
     *CONTROL_OPTIONS,
     ("grpc.http2.bdp_probe", 0),

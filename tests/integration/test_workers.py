@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
+from decode_service import attempts
 from decode_service.config import DecodeConfig
 from decode_service.worker import serve as serve_decode
 from engine.worker import LoadPhase, OnProgress, Replica, ReplicaSpec
@@ -385,3 +386,23 @@ async def test_a_drain_before_the_weights_are_there_does_not_wait_for_them(tmp_p
     process.drain_signal.request()
     assert await asyncio.wait_for(task, 5) == 0
     gate.set()
+
+
+async def test_a_large_replay_does_not_end_the_stream_of_the_others(workers: Workers) -> None:
+    d = await workers.decode()
+    async with gateway_to(d) as gateway:
+        large = await gateway.ask([5] * ((4 << 20) + 100_000), disaggregation=LOCAL)
+        assert (await large.end()).reason == pb.END_INVALID
+        assert (await (await gateway.ask(prompt_of(5), disaggregation=LOCAL)).end()).reason == pb.END_FINISHED
+
+
+async def test_a_drain_whose_engine_hangs_still_tells_the_gateway_and_ends_cleanly(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "HAND_OVER_S", 0.05)
+    d = await workers.decode(FakeModel(step_s=1.0), drain_s=0.0)
+    async with gateway_to(d) as gateway:
+        _, answer = await gateway.start(prompt_of(5), disaggregation=LOCAL)
+        await until(lambda: answer.is_accepted)
+        assert await d.end() == 0, "78 would say that starting again is of no use"
+        assert (await answer.end()).reason == pb.END_DRAINING
