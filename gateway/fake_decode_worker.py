@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from kvtransfer.protocol import PROTOCOL_VERSION
 from kvtransfer.protocol import baton_pb2 as pb
 
 _grpc: Any = grpc  # its hints do not reach strict checking
@@ -122,7 +123,7 @@ class FakeDecodeWorker:
 
     async def Hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloReply:
         await self._authorise(context)
-        return pb.HelloReply(protocol_version=1, worker=self._info(), load=self._load(0))
+        return pb.HelloReply(protocol_version=PROTOCOL_VERSION, worker=self._info(), load=self._load(0))
 
     async def Generate(self, messages: AsyncIterator[pb.GenerateUp], context: Any) -> AsyncIterator[pb.GenerateDown]:
         await self._authorise(context)

@@ -19,6 +19,7 @@ from gateway import rpc
 from gateway.connection import DecodeConnection
 from gateway.discovery import Discovery, Hint
 from gateway.router import PrefixRecord, WorkerState
+from kvtransfer.protocol import PROTOCOL_VERSION
 from kvtransfer.protocol import baton_pb2 as pb
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROTOCOL_VERSION = 1
 SCAN_S = 0.25
 HELLO_EVERY_S = 1.0
 HELLO_TIMEOUT_S = 3.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,3 +21,15 @@ def test_generated_files_are_current(tmp_path: Path) -> None:
 
 def test_stubs_use_the_messages_of_the_package() -> None:
     assert baton_pb2_grpc.baton__pb2 is baton_pb2
+
+
+def test_the_floors_of_the_requirements_are_the_runtimes_that_the_generated_code_accepts() -> None:
+    with (generate.PROTOCOL_DIR.parents[1] / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    stated = " ".join((*project["dependencies"], *project["optional-dependencies"]["dev"]))
+    floors = dict(re.findall(r"(grpcio|grpcio-tools|protobuf)>=([\d.]+)", stated))
+    generated = (generate.PROTOCOL_DIR / "baton_pb2.py").read_text()
+    protobuf = re.search(r"Domain\.PUBLIC,\s+(\d+),\s+(\d+),\s+(\d+)", generated)
+    assert protobuf is not None
+    grpcio = baton_pb2_grpc.GRPC_GENERATED_VERSION
+    assert floors == {"grpcio": grpcio, "grpcio-tools": grpcio, "protobuf": ".".join(protobuf.groups())}
