@@ -70,6 +70,9 @@ class DecodeLimits:
     progress_s: float = 30.0  # FILLING: between two blocks; a chunk of the prompt must fit in
     verify_s: float = 10.0  # Manifest -> all verified, between two blocks
     max_outstanding_bytes: int = MAX_OUTSTANDING_BYTES
+    # P computes chunk by chunk and never beyond the credit: a smaller window would not hold a chunk, and so never
+    # open again. Weighs more than the bytes where a token's KV has more than half a megabyte.
+    min_window_tokens: int = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,7 +497,9 @@ class DecodeSide:
 
     def _grant(self, transfer: _Transfer) -> list[Action]:
         """Credit so that what is granted and not verified stays within the reserved blocks and the byte limit."""
-        window = max(1, self._limits.max_outstanding_bytes // self._block_bytes)
+        limits = self._limits
+        min_window = -(-limits.min_window_tokens // self._block_size)
+        window = max(1, min_window, limits.max_outstanding_bytes // self._block_bytes)
         granted = min(transfer.num_blocks, len(transfer.verified) + window)
         if granted == transfer.num_granted and transfer.num_blocks > 0:  # a credit of 0 still says "go"
             return []

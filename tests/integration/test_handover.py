@@ -176,7 +176,7 @@ async def test_many_prompts_share_the_stream(worker: PrefillWorker) -> None:
 
 
 async def test_credit_below_the_prompt_still_moves_all_of_it(worker: PrefillWorker) -> None:
-    limits = DecodeLimits(max_outstanding_bytes=2 * BLOCK_BYTES)
+    limits = DecodeLimits(max_outstanding_bytes=2 * BLOCK_BYTES, min_window_tokens=1)
     decode = Decode.with_blocks(13)
     async with connected(worker, limits=limits) as client:
         await client.fetch(order(50), decode.reserve)

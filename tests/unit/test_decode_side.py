@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from engine.config import EngineConfig
 from kvtransfer.decode_side import (
     REPORT_BLOCKS,
     REPORT_S,
@@ -151,7 +152,7 @@ def test_acknowledgements_come_in_groups_while_blocks_are_under_way_and_once_a_s
 
 
 def test_credit_outstanding_stays_within_the_byte_limit() -> None:
-    side = make(DecodeLimits(max_outstanding_bytes=2 * BLOCK_BYTES))
+    side = make(DecodeLimits(max_outstanding_bytes=2 * BLOCK_BYTES, min_window_tokens=1))
     side.start(order(20), 0.0)
     side.handle(queued(), 0.0)
     side.handle(starting(5), 0.0)
@@ -170,13 +171,24 @@ def test_credit_outstanding_stays_within_the_byte_limit() -> None:
 
 
 def test_a_block_larger_than_the_byte_limit_still_gets_credit() -> None:
-    side = make(DecodeLimits(max_outstanding_bytes=1))
+    side = make(DecodeLimits(max_outstanding_bytes=1, min_window_tokens=1))
     side.start(order(), 0.0)
     side.handle(queued(), 0.0)
     side.handle(starting(), 0.0)
     (credit,) = side.reserved(1, 0.0)
     assert isinstance(credit, Send)
     assert credit.message.credit.num_blocks == 1
+
+
+def test_credit_always_covers_a_chunk_however_large_the_blocks_are() -> None:
+    chunk_size = 2 * EngineConfig(num_blocks=1).chunk_size  # one runs while the last one moves
+    side = DecodeSide(BOOT, "layout", 16, 32 << 20, DecodeLimits(), first_transfer_id=0)
+    side.start(order(1000), 0.0)
+    side.handle(queued(), 0.0)
+    side.handle(starting(63), 0.0)
+    (credit,) = side.reserved(1, 0.0)
+    assert isinstance(credit, Send)
+    assert credit.message.credit.num_blocks * 16 >= chunk_size
 
 
 def test_a_prompt_whose_blocks_d_holds_needs_only_the_first_token() -> None:
@@ -258,7 +270,7 @@ def test_a_block_that_cannot_be_the_prompts_fails_the_transfer(bad: pb.BlockRef)
 
 
 def test_a_block_beyond_the_credit_fails_the_transfer() -> None:
-    side = make(DecodeLimits(max_outstanding_bytes=BLOCK_BYTES))
+    side = make(DecodeLimits(max_outstanding_bytes=BLOCK_BYTES, min_window_tokens=1))
     filling(side)
     actions = side.handle(published(ref(0), ref(1)), 0.0)
     assert isinstance(actions[-1], StopPulling)

@@ -56,7 +56,7 @@ BLOCK_BYTES = 16
 NUM_P_BLOCKS = 12
 NUM_D_BLOCKS = 24
 PICK = st.integers(0, 10_000)
-LIMITS = DecodeLimits(max_outstanding_bytes=3 * BLOCK_BYTES)
+LIMITS = DecodeLimits(max_outstanding_bytes=3 * BLOCK_BYTES, min_window_tokens=1)
 
 
 def content(token_ids: Sequence[int], index: int) -> bytes:
