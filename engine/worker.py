@@ -1,6 +1,6 @@
 """What prefill and decode workers have in common: one model replica built from a spec, and the fingerprints naming it.
 
-    spec -> metadata -> weights -> KV memory -> runner -> warm-up -> engine
+    spec -> metadata -> torch -> weights -> KV memory -> runner -> warm-up -> engine
 
 Knows nothing of gRPC, HTTP or settings. torch is imported inside `load_replica`: a worker answers its probes first.
 """
@@ -8,6 +8,7 @@ Knows nothing of gRPC, HTTP or settings. torch is imported inside `load_replica`
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
 import platform
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class LoadPhase(Enum):
     """Parts of a worker's start, in order; the names are the health port's."""
 
     READ_MODEL = "read_model"
+    IMPORT_TORCH = "import_torch"
     LOAD_WEIGHTS = "load_weights"
     WARMUP = "warmup"
 
@@ -127,11 +129,14 @@ def load_replica(spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
     on_progress(LoadPhase.READ_MODEL, 0.0)
     config = load_config(spec.model)
     digest = model_digest(spec.model)
+    weights = open_weights(spec.model)
     limits = sizing.read_host_limits()
     num_threads = spec.num_threads or sizing.derive_threads(limits, spec.workers_on_host)
 
+    on_progress(LoadPhase.IMPORT_TORCH, 0.0)
+    importlib.import_module("engine.runner")  # with the weights shared, the longest phase; so it is told apart
+
     on_progress(LoadPhase.LOAD_WEIGHTS, 0.0)
-    weights = open_weights(spec.model)
     packed = _open_packed(config, weights, spec.dtype, digest, partial(on_progress, LoadPhase.LOAD_WEIGHTS))
     runner, kv = _make_runner(spec, config, weights, packed, limits, num_threads)
 

@@ -52,7 +52,8 @@ EXIT_ENGINE_FAILED = 70  # EX_SOFTWARE
 # Shares of the start measured with SmolLM2 on 2 cores; they only shape the percent.
 PHASES = (
     Phase(LoadPhase.READ_MODEL.value, 1),
-    Phase(LoadPhase.LOAD_WEIGHTS.value, 6),
+    Phase(LoadPhase.IMPORT_TORCH.value, 20),
+    Phase(LoadPhase.LOAD_WEIGHTS.value, 2),
     Phase(LoadPhase.WARMUP.value, 2),
     Phase("register", 1),
 )
