@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.service import Service, Worker
+from bench.service import Service, Worker, is_alive
 from tests.e2e.streams import OnTokens, Stream, open_stream
 
 PROMPT = " ".join(
@@ -146,6 +146,7 @@ class Chaos:
 
 def kill(*workers: Worker) -> None:
     for worker in workers:
+        assert worker.pid > 0, worker  # 0 would be this test's own process group
         os.kill(worker.pid, signal.SIGKILL)
 
 
@@ -201,11 +202,3 @@ def wait_until_gone(pids: list[int], timeout_s: float) -> list[int]:
     while (left := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(") ", 1)[1][0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

@@ -100,7 +100,7 @@ def test_workers_that_stop_and_come_back_as_zombies_add_no_token(service: Servic
     after = census.scrape(service.workers("gateway")[0])
     silent = {"name": "baton_gateway_failovers_total", "cause": "worker_silent"}
     assert after.value(**silent) > before.value(**silent)
-    assert census.total(service, "baton_prefill_fallbacks_total", role="decode", reason="silent") > 0
+    assert census.total(service, "baton_prefill_fallbacks_total", role="decode") > 0  # by silence or by timeout
     assert [worker.pid for worker in service.workers() if worker.worker_id == stopped[1].worker_id] == [stopped[1].pid]
     assert asyncio.run(chaos.round(lambda: None, after_tokens=None, kinds=6)) == []
 
