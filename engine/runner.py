@@ -217,7 +217,8 @@ def _sample_row(logits_row: int, sampler: Sequence, chunk: Chunk, config: ModelC
     position = chunk.start + chunk.num_tokens
     banned: tuple[int, ...] = ()
     if position - sampler.num_prompt_tokens < params.min_tokens:
-        banned = params.stop_token_ids + (() if params.ignore_eos else config.eos_token_ids)
+        stops = params.stop_token_ids + (() if params.ignore_eos else config.eos_token_ids)
+        banned = tuple(each for each in stops if each < config.vocab_size)  # others are never drawn anyhow
     return SampleRow(
         logits_row=logits_row,
         seed=params.seed,

@@ -179,3 +179,11 @@ def copy_blocks(prefill: Rig, decode: Rig, key: int, slots: tuple[BlockSlot, ...
     for slot in slots:
         destination = decode.destinations[key][slot.index]
         decode.kv.block(destination.block_id)[:] = prefill.kv.block(slot.block_id)
+
+
+@pytest.mark.parametrize("stop_token_id", [256, 2**31, 2**32 - 1])
+def test_a_stop_token_id_beyond_the_vocabulary_is_harmless(tiny_llama: Path, stop_token_id: int):
+    """Clients may send any; with min_tokens it reaches the sampler's mask."""
+    sampling = SamplingParams(max_tokens=3, min_tokens=2, ignore_eos=True, stop_token_ids=(stop_token_id,))
+    outputs = Rig(tiny_llama).serve([EngineRequest(1, "r", (5, 6, 7), sampling)])
+    assert len(outputs[1, 0]) == 3
