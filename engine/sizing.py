@@ -90,9 +90,10 @@ def read_host_limits(
     """Read cgroup v2 and v1 limits and free memory. A limit that is absent or absurd does not count."""
     total, available = _read_meminfo(meminfo)
     limit = _first_number(cgroup_root / "memory.max", cgroup_root / "memory" / "memory.limit_in_bytes")
-    used = _first_number(cgroup_root / "memory.current", cgroup_root / "memory" / "memory.usage_in_bytes")
+    used = _first_number(cgroup_root / "memory.current", cgroup_root / "memory" / "memory.usage_in_bytes") or 0
+    cached = _file_pages(cgroup_root / "memory.stat", cgroup_root / "memory" / "memory.stat")
     if limit is not None and limit < total:
-        available = min(available, max(0, limit - (used or 0)))
+        available = min(available, max(0, limit - max(0, used - cached)))
         total = limit
     return HostLimits(total, available, _read_cpus(cgroup_root, cpus or usable_cpus()))
 
@@ -129,6 +130,19 @@ def _read_meminfo(path: Path) -> tuple[int, int]:
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return pages, pages
     return fields["MemTotal"], fields.get("MemAvailable", fields["MemTotal"])
+
+
+def _file_pages(*paths: Path) -> int:
+    """Bytes of files in the page cache that a cgroup counts as used, the shared weights among them: they can be dropped,
+    and `weight_bytes` counts those that must not be. Memory files (KV) are not among them.
+    """
+    for path in paths:
+        words = _read_words(path)
+        fields = dict(zip(words[::2], words[1::2], strict=False))
+        if fields:
+            prefix = "total_" if "total_active_file" in fields else ""  # version 1 counts children apart
+            return sum(int(fields.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return 0
 
 
 def _first_number(*paths: Path) -> int | None:

@@ -1,8 +1,8 @@
 """The CPU runner computes what transformers computes, for every family and every rope scaling.
 
 Checkpoints are random, tiny and written by transformers; logits may differ by 1e-4 (float32), greedy tokens not at all.
-Measured over two seeds, all lengths, native and reference kernels: at most 1.3e-5 of logits up to 7 (Llama 1.3e-5, Qwen2
-1.0e-5, Qwen3 0.7e-5; rope scalings 1.0e-5; bfloat16 weights 1.5e-5), 4.1e-5 of logits up to 10 (tied Llama).
+Measured over two seeds, all lengths, native and reference kernels: at most 1.3e-5 of logits up to 7 (Llama 1.3e-5,
+Qwen2 1.0e-5, Qwen3 0.7e-5; rope scalings 1.0e-5; bfloat16 weights 1.5e-5), 4.1e-5 of logits up to 10 (tied Llama).
 """
 
 from __future__ import annotations

@@ -49,6 +49,25 @@ def test_cgroup_v1_limits_count(tmp_path: Path) -> None:
     assert limits(write(tmp_path, files)) == HostLimits(2 * GIB, 2 * GIB, 1)
 
 
+@pytest.mark.parametrize(
+    ("current", "stat", "text"),
+    [
+        ("memory.current", "memory.stat", f"anon {GIB}\nactive_file {GIB // 2}\ninactive_file {GIB // 2}\nshmem 0\n"),
+        (
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            f"active_file 0\ninactive_file 0\ntotal_inactive_file {GIB}\ntotal_active_file 0\n",
+        ),
+    ],
+    ids=["v2", "v1"],
+)
+def test_cached_files_do_not_count_as_used(tmp_path: Path, current: str, stat: str, text: str) -> None:
+    """Else the weights that another worker has mapped would count twice."""
+    limit = "memory.max" if current == "memory.current" else "memory/memory.limit_in_bytes"
+    write(tmp_path, {"meminfo": MEMINFO, limit: f"{4 * GIB}", current: f"{2 * GIB}", stat: text})
+    assert limits(tmp_path) == HostLimits(4 * GIB, 3 * GIB, 8)
+
+
 def test_an_absurd_cgroup_v1_limit_does_not_count(tmp_path: Path) -> None:
     files = {
         **{"meminfo": MEMINFO, "memory/memory.limit_in_bytes": "9223372036854771712"},
