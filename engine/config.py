@@ -31,6 +31,8 @@ class EngineConfig:
 
     A prompt chunk ends at an absolute multiple of `chunk_size` or at the prompt's end, whatever else runs in the step;
     one step may take several such units of a prompt. `max_num_batched_tokens` bounds a step: decodes, then prompts.
+    `vocab_size` bounds the token ids that requests may hold (0: whoever sends them has checked); one id beyond it would
+    end the engine, not the request.
     `cache_namespace` keys the prefix cache next to the tenant's salt: model id, digest and adapter.
     """
 
@@ -41,6 +43,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     chunk_size: int = DEFAULT_CHUNK_SIZE
     eos_token_ids: tuple[int, ...] = ()
+    vocab_size: int = 0
     prefix_caching: bool = True
     cache_namespace: bytes = b""
     policy: PolicyName = PolicyName.CHUNKED

@@ -18,11 +18,13 @@ def validate_request(request: EngineRequest, config: EngineConfig) -> None:
     _validate_choices(request)
     num_prompt_tokens = len(request.prompt_token_ids)
     _validate_prompt(num_prompt_tokens, config.max_model_len - 1, "max_model_len less one token of output")
+    _validate_ids("prompt_token_ids", request.prompt_token_ids, config)
     max_output = min(request.sampling.max_tokens, config.max_model_len - num_prompt_tokens)
     for start in request.choices:
         name = f"choices[{start.choice}].committed_token_ids"
         committed = len(start.committed_token_ids)
         _refuse(committed >= max_output, name, committed, max_output - 1, "nothing is left to draw")
+        _validate_ids(name, start.committed_token_ids, config)
     # The last token drawn is never computed, so its KV needs no slot.
     _validate_fit(num_prompt_tokens + max_output - 1, config)
 
@@ -32,6 +34,7 @@ def validate_prefill(request: EngineRequest, num_blocks_held: int, config: Engin
     num_prompt_tokens = len(request.prompt_token_ids)
     _validate_choices(request)
     _validate_prompt(num_prompt_tokens, config.max_model_len, "max_model_len")
+    _validate_ids("prompt_token_ids", request.prompt_token_ids, config)
     _validate_fit(num_prompt_tokens, config)
     num_full_blocks = num_prompt_tokens // config.block_size
     is_wrong = not 0 <= num_blocks_held <= num_full_blocks
@@ -52,6 +55,12 @@ def _validate_choices(request: EngineRequest) -> None:
 def _validate_prompt(num_prompt_tokens: int, limit: int, name: str) -> None:
     _refuse(num_prompt_tokens < 1, "prompt_token_ids", "empty", 1, "a prompt needs at least one token")
     _refuse(num_prompt_tokens > limit, "prompt_token_ids", f"{num_prompt_tokens} tokens", limit, f"that is {name}")
+
+
+def _validate_ids(name: str, token_ids: tuple[int, ...], config: EngineConfig) -> None:
+    if config.vocab_size and token_ids:
+        largest = max(token_ids)
+        _refuse(largest >= config.vocab_size, name, largest, config.vocab_size - 1, "that is no token of this model")
 
 
 def _validate_fit(num_tokens: int, config: EngineConfig) -> None:

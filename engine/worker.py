@@ -224,6 +224,7 @@ def _make_engine(
         max_num_seqs=spec.max_num_seqs,
         max_num_batched_tokens=spec.max_num_batched_tokens,
         eos_token_ids=config.eos_token_ids,
+        vocab_size=config.vocab_size,
         prefix_caching=spec.prefix_caching,
         cache_namespace=digest.encode(),
         max_held_tokens=spec.max_held_tokens,

@@ -225,6 +225,17 @@ def test_a_request_that_can_never_run_is_refused(bad: EngineRequest, message: st
     assert engine.num_requests == 0
 
 
+def test_a_token_that_the_model_does_not_have_ends_its_request_and_not_the_engine():
+    engine, _ = make_engine(vocab_size=16)
+    with pytest.raises(RequestInvalid, match="prompt_token_ids is 16, the limit is 15"):
+        engine.match(request(prompt=(1, 16)))
+    with pytest.raises(RequestInvalid, match="prompt_token_ids is 16, the limit is 15"):
+        engine.start_prefill(request(prompt=(16,)), 0, due=0.0)
+    log = (ChoiceStart(0, (3, 99)),)
+    with pytest.raises(RequestInvalid, match=r"choices\[0\].committed_token_ids is 99, the limit is 15"):
+        engine.match(EngineRequest(1, "r", PROMPT, SamplingParams(), log))
+
+
 def test_a_request_that_just_fits_runs():
     engine, _ = make_engine(num_blocks=12)
     assert len(said(serve(engine, request(prompt=(1,) * 30, max_tokens=19, ignore_eos=True)))) == 19
