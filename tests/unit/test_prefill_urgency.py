@@ -41,4 +41,4 @@ def test_a_longer_prompt_is_never_due_before_a_shorter_one_with_the_same_objecti
 
 @given(tokens=st.integers(1, 1 << 20), speed=st.floats(1, 1e6), objective=st.floats(0, 1e6))
 def test_the_allowance_is_bounded_by_length_and_objective(tokens: int, speed: float, objective: float) -> None:
-    assert 0 < due_in_s(tokens, speed, objective) <= max(objective, BASE_S + SLACK * tokens / speed)
+    assert 0 < due_in_s(tokens, speed, objective) <= 1.0001 * max(objective, BASE_S + SLACK * tokens / speed)
