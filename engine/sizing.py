@@ -133,8 +133,9 @@ def _read_meminfo(path: Path) -> tuple[int, int]:
 
 
 def _file_pages(*paths: Path) -> int:
-    """Bytes of files in the page cache that a cgroup counts as used, the shared weights among them: they can be dropped,
-    and `weight_bytes` counts those that must not be. Memory files (KV) are not among them.
+    """Bytes of files in the page cache that a cgroup counts as used, the shared weights among them.
+
+    They can be dropped, and `weight_bytes` counts those that must not be. Memory files (KV) are not among them.
     """
     for path in paths:
         words = _read_words(path)
