@@ -81,6 +81,7 @@ class WorkerProcess:
         self.drain_signal = lifecycle.DrainSignal()
         self.refresh_metrics: Callable[[], None] = lambda: None
         self._engine_failed = asyncio.Event()
+        self._failure = ""
         self._http: HttpServer | None = None
         self._server: Any = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -168,22 +169,35 @@ class WorkerProcess:
         log.info("ready", extra={"address": self.address, "phase_seconds": self.health.phase_seconds})
 
     def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        """Run beside the servers until the end."""
-        self._tasks.append(asyncio.create_task(work, name=name))
+        """Run beside the servers until the end. What lives as long as the process may not end, or fail, alone."""
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(self._on_task_done)
+        self._tasks.append(task)
 
     def engine_failed(self) -> None:
+        self._fail("the engine failed")
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            log.critical(
+                "a task that the worker cannot do without ended: %s", task.get_name(), exc_info=task.exception()
+            )
+            self._fail(f"{task.get_name()} ended")
+
+    def _fail(self, reason: str) -> None:
+        self._failure = self._failure or reason
         self._engine_failed.set()
 
     async def until_end(self, engine: EngineClient) -> int:
         """Wait for a drain signal (0) or the engine's failure. Then nobody is sent here any more."""
-        watch = asyncio.create_task(self._watch_progress(engine), name="progress")
+        self.spawn(self._watch_progress(engine), "progress")
         waits = [asyncio.create_task(self.drain_signal.wait()), asyncio.create_task(self._engine_failed.wait())]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for task in (*waits, watch):
+        for task in waits:
             task.cancel()
         self._unannounce.close()
         if self._engine_failed.is_set():
-            self.health.fail("the engine failed")
+            self.health.fail(self._failure)
             return EXIT_ENGINE_FAILED
         self.health.drain()
         return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from decode_service import attempts
+from decode_service import app, attempts
 from decode_service.config import DecodeConfig
 from decode_service.worker import serve as serve_decode
 from engine.worker import LoadPhase, OnProgress, Replica, ReplicaSpec
@@ -406,3 +406,17 @@ async def test_a_drain_whose_engine_hangs_still_tells_the_gateway_and_ends_clean
         await until(lambda: answer.is_accepted)
         assert await d.end() == 0, "78 would say that starting again is of no use"
         assert (await answer.end()).reason == pb.END_DRAINING
+
+
+async def test_a_worker_whose_heartbeats_died_does_not_stay_and_look_alive(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    d = await workers.decode()
+
+    def fail(servicer: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(app.DecodeServicer, "_load", fail)
+    assert await asyncio.wait_for(d.task, 10.0) == EXIT_ENGINE_FAILED
+    assert not d.process.health.is_live
+    assert "heartbeats" in caplog.text
