@@ -271,7 +271,7 @@ class PrefillServer:
     def _digest_and_apply(self, events: Sequence[BackendEvent]) -> None:
         """On the digest thread."""
         try:
-            for event in _in_groups(events):
+            for event in in_groups(events):
                 self._loop.call_soon_threadsafe(self._apply, event, self._digests.ready(event))
         except RuntimeError:
             log.debug("engine events after the loop was closed")
@@ -308,7 +308,7 @@ class PrefillServer:
                     assert_never(action)
 
 
-def _in_groups(events: Sequence[BackendEvent]) -> Iterator[BackendEvent]:
+def in_groups(events: Sequence[BackendEvent]) -> Iterator[BackendEvent]:
     """The same events, in order, with blocks in groups that are digested and published together."""
     for event in events:
         if not isinstance(event, BlocksFilled):

@@ -13,9 +13,12 @@ from kvtransfer import frames
 from kvtransfer.auth import Secret
 from kvtransfer.candidates import Candidate, CandidatePlan
 from kvtransfer.errors import FailureKind, TicketRefused, TransferFailure, TransportLost
+from kvtransfer.fake_backend import FakeBlock
+from kvtransfer.grpc_transport import TARGET_PIECE_BYTES, piece_bytes
 from kvtransfer.liveness import LivenessMonitor, Verdict
+from kvtransfer.prefill_server import DIGEST_GROUP_BLOCKS, BlocksFilled, PrefillDone, in_groups
 from kvtransfer.protocol import baton_pb2 as pb
-from kvtransfer.transport import NOT_PUBLISHED, BlockSource, SourceBlock
+from kvtransfer.transport import MAX_PIECE_BYTES, NOT_PUBLISHED, BlockSource, SourceBlock
 
 
 def test_ten_seconds_of_silence_end_a_stream() -> None:
@@ -138,3 +141,24 @@ def test_reading_needs_a_joined_ticket() -> None:
         blocks.read_frame(ticket, 0, 0, 10)
     blocks.join(ticket, bytes(16))
     assert frames.decode(blocks.read_frame(ticket, 0, 0, 10)).generation == 5
+
+
+@given(block_bytes=st.integers(1, 8 << 20))
+def test_a_block_is_cut_into_pieces_of_about_equal_size(block_bytes: int) -> None:
+    piece = piece_bytes(block_bytes)
+    sizes = [min(piece, block_bytes - offset) for offset in range(0, block_bytes, piece)]
+    assert sum(sizes) == block_bytes
+    assert max(sizes) <= TARGET_PIECE_BYTES + 64 <= MAX_PIECE_BYTES
+    assert max(sizes) - min(sizes) <= 64 * len(sizes), "no short rest"
+
+
+@pytest.mark.parametrize("num_blocks", [1, DIGEST_GROUP_BLOCKS, 3 * DIGEST_GROUP_BLOCKS + 1])
+def test_filled_blocks_are_digested_and_published_in_groups_in_order(num_blocks: int) -> None:
+    blocks = [FakeBlock(index, 7 + index, 1, 16) for index in range(num_blocks)]
+    done = PrefillDone(5, None, (), 0.0, 0.0)
+    *groups, last = in_groups([BlocksFilled(5, blocks), done])
+    assert last is done
+    filled = [group.blocks for group in groups if isinstance(group, BlocksFilled)]
+    assert [block for group in filled for block in group] == blocks
+    assert [len(group) for group in filled[:-1]] == [DIGEST_GROUP_BLOCKS] * (len(filled) - 1)
+    assert 0 < len(filled[-1]) <= DIGEST_GROUP_BLOCKS

@@ -1,11 +1,17 @@
-"""In which order does a prefill worker take prompts?"""
+"""In which order does a prefill worker take prompts, and how much of one in a step?"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.config import EngineConfig
+from prefill_service.config import PrefillConfig
 from prefill_service.urgency import BASE_S, SLACK, due_in_s
+from prefill_service.worker import step_tokens
 
 SPEED = 400.0
 
@@ -42,3 +48,12 @@ def test_a_longer_prompt_is_never_due_before_a_shorter_one_with_the_same_objecti
 @given(tokens=st.integers(1, 1 << 20), speed=st.floats(1, 1e6), objective=st.floats(0, 1e6))
 def test_the_allowance_is_bounded_by_length_and_objective(tokens: int, speed: float, objective: float) -> None:
     assert 0 < due_in_s(tokens, speed, objective) <= 1.0001 * max(objective, BASE_S + SLACK * tokens / speed)
+
+
+@pytest.mark.parametrize(("max_num_seqs", "step"), [(8, 192), (128, 192), (256, 320)])
+def test_a_step_has_room_for_what_the_engine_demands_whatever_the_number_of_sequences(
+    max_num_seqs: int, step: int
+) -> None:
+    config = PrefillConfig(model=Path("m"), worker_id="p", secret_file=Path("s"), max_num_seqs=max_num_seqs)
+    assert step_tokens(config) == step
+    EngineConfig(num_blocks=8, max_num_seqs=max_num_seqs, max_num_batched_tokens=step)
