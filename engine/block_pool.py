@@ -249,15 +249,17 @@ class BlockPool:
 
     def _find_runs(self, count: int) -> list[int]:
         """The first run that is long enough; failing that, halves, quarters, ... of what is missing."""
-        free, blocks, size = self._free_map, list[int](), count
+        free, blocks, size, begin = self._free_map, list[int](), count, 0
         while len(blocks) < count:
-            size = min(size, count - len(blocks))
-            start = free.find(b"\x01" * size)
+            if size > count - len(blocks):
+                size, begin = count - len(blocks), 0  # shorter runs may lie before
+            start = free.find(b"\x01" * size, begin)
             if start < 0:
-                size = (size + 1) // 2
+                size, begin = (size + 1) // 2, 0
                 continue
-            free[start : start + size] = bytes(size)
-            blocks.extend(range(start, start + size))
+            begin = start + size  # no run of this size is left before
+            free[start:begin] = bytes(size)
+            blocks.extend(range(start, begin))
         return blocks
 
     def _evict(self, count: int) -> None:
