@@ -85,7 +85,7 @@ class EngineClient:
         decode, prefill = self._engine.counters.decode_tokens, self._engine.counters.prefill_tokens
         step = StepEvents(events, decode - self._told[0], prefill - self._told[1])
         self._told = (decode, prefill)
-        self._tell(self._on_step, step)
+        self._tell(self._hear, step)
 
     def _on_crash(self, error: BaseException) -> None:
         log.critical("the engine failed", exc_info=error)
@@ -96,6 +96,16 @@ class EngineClient:
             self._loop.call_soon_threadsafe(callback, *args)
         except RuntimeError:
             log.debug("the loop has ended")
+
+    # ------------------------------------------------------------ on the loop
+
+    def _hear(self, step: StepEvents) -> None:
+        """A step that was not heard to its end may have held the end of a request: nobody would tell it again."""
+        try:
+            self._on_step(step)
+        except Exception:
+            log.critical("a step's events were lost", exc_info=True)
+            self._on_failure()
 
 
 def _copy(done: Future[T], answer: asyncio.Future[T]) -> None:

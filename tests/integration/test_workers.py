@@ -420,3 +420,18 @@ async def test_a_worker_whose_heartbeats_died_does_not_stay_and_look_alive(
     assert await asyncio.wait_for(d.task, 10.0) == EXIT_ENGINE_FAILED
     assert not d.process.health.is_live
     assert "heartbeats" in caplog.text
+
+
+async def test_a_step_that_could_not_be_told_ends_the_worker_instead_of_leaving_requests_without_an_end(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = await workers.decode()
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(attempts, "token_message", fail)
+    async with gateway_to(d) as gateway:
+        _, answer = await gateway.start(prompt_of(5), disaggregation=LOCAL)
+        assert (await answer.end()).reason == pb.END_INTERNAL
+        assert await asyncio.wait_for(d.task, 10.0) == EXIT_ENGINE_FAILED
