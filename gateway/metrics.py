@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client.registry import Collector, CollectorRegistry
 
 from servicekit import metrics as kit
 
@@ -114,6 +114,10 @@ class GatewayMetrics:
     def count_token(self) -> None:
         """One token committed; per-token path, so a plain integer."""
         self._hot.num_generation_tokens += 1
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        return self._kit.registry
 
     def render(self) -> bytes:
         return self._kit.render()

@@ -117,7 +117,7 @@ def load_gateway(config: GatewayConfig, health: HealthState, metrics: GatewayMet
         secret=secret,
         deterministic=config.deterministic,
     )
-    _add_gauges(metrics, admission, pool)
+    add_gauges(metrics, admission, pool)
     return Gateway(
         services=Services(admission, pool, metrics),
         text=text,
@@ -175,7 +175,9 @@ async def _keep_house(gateway: Gateway) -> None:
         gateway.cut_stalled_clients(time.monotonic())
 
 
-def _add_gauges(metrics: GatewayMetrics, admission: Admission, pool: WorkerPool) -> None:
+def add_gauges(metrics: GatewayMetrics, admission: Admission, pool: WorkerPool) -> None:
+    """What is read from admission and the pool at scrape time."""
+
     def running() -> float:
         return sum(len(connection.attempts) for connection in pool.connections.values())
 

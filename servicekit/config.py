@@ -139,7 +139,7 @@ def _parser(
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings")
     for name, field in fields.items():
         note: _Option = field.metadata["option"]
-        text = (note.help + _limits(note) + _default_text(field.default)).replace("%", "%%")
+        text = (note.help + limits_text(note) + _default_text(field.default)).replace("%", "%%")
         if _plain_type(hints[name]) is bool:
             parser.add_argument(_flag(name), action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
@@ -158,7 +158,8 @@ def _default_text(default: object) -> str:
     return f" (default: {default.value if isinstance(default, Enum) else default})"
 
 
-def _limits(note: _Option) -> str:
+def limits_text(note: _Option) -> str:
+    """A setting's limits, as they end a line of help."""
     match note.minimum, note.maximum:
         case None, None:
             return ""

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 # vLLM 0.33's buckets. The first three of ITL are ours: a tiny model on a laptop would fall into the first bucket whole,
 # and a superset keeps every PromQL query working.
@@ -24,6 +31,7 @@ class Metrics:
     """Makes metrics in one registry. `vllm_*` makers add vLLM's two labels with this process's values."""
 
     def __init__(self, model_name: str = "", engine: str = "0") -> None:
+        disable_created_metrics()  # a second series beside each counter, which nobody asks for; vLLM has none either
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": engine}
 

@@ -72,7 +72,9 @@ class _Part(BaseModel):
 
 
 class Metadata(_Part):
-    name: str = Field(default="baton", max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+    name: str = Field(
+        default="baton", max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", description="the service's name"
+    )
 
 
 class Model(_Part):
@@ -85,7 +87,7 @@ class Model(_Part):
 
 
 class Pool(_Part):
-    replicas: int = Field(default=1, ge=0, le=64)
+    replicas: int = Field(default=1, ge=0, le=64, description="how many workers; decode needs at least 1")
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of each worker; default: an equal share"
     )
@@ -102,29 +104,44 @@ class Objectives(_Part):
 
 
 class Gateway(_Part):
-    host: str = Field(default="127.0.0.1", min_length=1)
-    port: int = Field(default=8000, ge=1, le=65535)
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0: every one")
+    port: int = Field(default=8000, ge=1, le=65535, description="port of the API")
     api_keys_file: str | None = Field(
         default=None, description="file with one accepted API key a line; default: no key needed"
     )
-    max_queue_requests: int | None = Field(default=None, ge=1)
-    max_queue_tokens: int | None = Field(default=None, ge=1)
+    max_queue_requests: int | None = Field(
+        default=None, ge=1, description="requests that may wait for their first token; more get a 503; default: 512"
+    )
+    max_queue_tokens: int | None = Field(
+        default=None, ge=1, description="prompt tokens that may wait for their first token; default: 1,000,000"
+    )
 
 
 class Engine(_Part):
-    block_size: Annotated[int, Field(ge=1, le=256), AfterValidator(_power_of_two)] | None = None
-    max_model_len: int | None = Field(default=None, ge=1)
-    max_num_seqs: int | None = Field(default=None, ge=1, le=65536)
-    max_batched_tokens: int | None = Field(default=None, ge=1)
-    prefix_caching: bool = True
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    block_size: Annotated[int, Field(ge=1, le=256), AfterValidator(_power_of_two)] | None = Field(
+        default=None, description="tokens per KV block, a power of two; default: 16"
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=1, description="longest prompt and output together; default: the model's own"
+    )
+    max_num_seqs: int | None = Field(default=None, ge=1, le=65536, description="sequences in one batch; default: 64")
+    max_batched_tokens: int | None = Field(
+        default=None, ge=1, description="tokens in one step of a worker; default: the worker's own"
+    )
+    prefix_caching: bool = Field(default=True, description="keep finished blocks for prompts that begin alike")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="type of weights and KV in memory")
 
 
 class LLMServiceSpec(_Part):
     model: Model = Model()
     pools: Pools = Pools()
-    disaggregation: Disaggregation = Disaggregation.AUTO
-    deterministic: bool = False
+    disaggregation: Disaggregation = Field(
+        default=Disaggregation.AUTO,
+        description="Auto: decided per request; Always: by a prefill worker; Never: by the decode worker",
+    )
+    deterministic: bool = Field(
+        default=False, description="same seed, same bytes, whatever else runs and whatever fails"
+    )
     objectives: Objectives = Objectives()
     gateway: Gateway = Gateway()
     engine: Engine = Engine()
@@ -141,8 +158,8 @@ class LLMServiceSpec(_Part):
 
 
 class LLMService(_Part):
-    api_version: Literal["serving.baton.dev/v1alpha1"] = API_VERSION
-    kind: Literal["LLMService"] = KIND
+    api_version: Literal["serving.baton.dev/v1alpha1"] = Field(default=API_VERSION, description="must be stated")
+    kind: Literal["LLMService"] = Field(default=KIND, description="must be stated")
     metadata: Metadata = Metadata()
     spec: LLMServiceSpec = LLMServiceSpec()
 

@@ -40,6 +40,7 @@ class Operated:
     environ: dict[str, str]
     answers: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     errors: list[str] = field(default_factory=list[str])
+    at_start: dict[str, str] = field(default_factory=dict[str, str])  # `baton up` itself asks for a first token
 
     def baton(self, *arguments: str) -> str:
         done = subprocess.run(
@@ -96,6 +97,7 @@ def operated(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Gene
     service = Operated(folder, port, environ)
     service.baton("up", "--detach", "--file", str(folder / "service.yaml"))
     try:
+        service.at_start = service.metrics()
         _talk(service)
         yield service
     finally:
@@ -154,11 +156,15 @@ def test_metrics_count_the_known_traffic(operated: Operated) -> None:
     num_chat = sum(answer["object"] == "chat.completion" for answer in operated.answers)
     usage = [answer["usage"] for answer in operated.answers]
     gateway, prefill, decode = (metrics[role] for role in ("gateway", "prefill", "decode"))
-    assert value(gateway, "vllm:generation_tokens_total") == sum(each["completion_tokens"] for each in usage)
-    assert value(gateway, "vllm:prompt_tokens_total") == sum(each["prompt_tokens"] for each in usage)
-    assert value(gateway, "vllm:request_success_total", finished_reason="length") == 4 + num_chat
-    assert value(gateway, "vllm:e2e_request_latency_seconds_count") == len(usage)
-    assert value(gateway, "vllm:time_to_first_token_seconds_count") == len(usage)
+
+    def grown(name: str, **labels: str) -> float:
+        return value(gateway, name, **labels) - value(operated.at_start["gateway"], name, **labels)
+
+    assert grown("vllm:generation_tokens_total") == sum(each["completion_tokens"] for each in usage)
+    assert grown("vllm:prompt_tokens_total") == sum(each["prompt_tokens"] for each in usage)
+    assert grown("vllm:request_success_total", finished_reason="length") == 4 + num_chat
+    assert grown("vllm:e2e_request_latency_seconds_count") == len(usage)
+    assert grown("vllm:time_to_first_token_seconds_count") == len(usage)
     assert 0 < value(gateway, "vllm:time_to_first_token_seconds_sum") < 60
     assert value(gateway, "baton_gateway_http_responses_total", status="401") == 1
     remote = value(decode, "baton_placements_total", path="remote")

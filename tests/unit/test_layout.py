@@ -68,7 +68,7 @@ def named_files(text: str) -> Iterator[str]:
     for name in re.findall(r"`([\w./-]+)`|\]\(([\w./-]+)(?:#[\w-]*)?\)", text):
         path = (name[0] or name[1]).rstrip("/")
         first = path.split("/")[0]
-        if "/" in path and ((ROOT / first).is_dir() or first in (".", "..")) and not path.startswith(MADE):
+        if "/" in path and first and ((ROOT / first).is_dir() or first in (".", "..")) and not path.startswith(MADE):
             yield path
 
 
