@@ -48,7 +48,7 @@ def ps(
     name: NameOption = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Show the processes of a service: state, load of the machine, restarts."""
+    """Show a service's processes: state, restarts, share of the machine."""
     from baton.local.commands import show_processes
 
     show_processes(name, as_json=json)

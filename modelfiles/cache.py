@@ -19,7 +19,7 @@ from modelfiles.errors import CacheNotWritable, NoDiskSpace
 ENVIRONMENT_VARIABLE = "BATON_MODEL_CACHE"
 _WAIT_S = 0.1
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+_UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT}
 
 
 def default_cache_dir(environment: Mapping[str, str] = os.environ) -> Path:

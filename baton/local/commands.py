@@ -37,7 +37,8 @@ def scale_pool(name: str | None, pool: str, replicas: int, *, wait: bool) -> Non
     while wait and not _has_scaled(reply := _ask_ps(run), pool, replicas):
         crashing = [view for view in reply.processes if view.role == pool and view.state == "crash loop"]
         if crashing or time.monotonic() >= deadline:
-            raise ControlError(f"{pool} did not reach {replicas} ready workers:\n{render_table(reply.processes)}")
+            hint = f"\nsee `baton logs {crashing[0].worker_id}`" if crashing else ""
+            raise ControlError(f"{pool} did not reach {replicas} ready workers:\n{render_table(reply.processes)}{hint}")
         time.sleep(0.1)
 
 

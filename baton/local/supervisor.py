@@ -44,7 +44,7 @@ START_TIMEOUT_S = 600.0
 FIRST_TOKEN_TIMEOUT_S = 120.0
 KILL_AFTER_S = DRAIN_S + 5.0  # a process that drains in time is never killed
 MAX_ENDS_BEFORE_READY = 3
-EXIT_BAD_CONFIG = 2
+HOPELESS_EXITS = (2, 78)  # a setting was refused; a worker cannot start with this model or this memory
 MAX_REPLICAS = 64
 JANITOR_TIMEOUT_S = 15.0
 
@@ -303,7 +303,7 @@ class Supervisor:
         """A wrong setting or a third end before the service was ready will not get better by waiting."""
         for process in self._processes.values():
             ends = process.history.num_restarts
-            if ends >= MAX_ENDS_BEFORE_READY or (ends and process.last_exit == EXIT_BAD_CONFIG):
+            if ends >= MAX_ENDS_BEFORE_READY or (ends and process.last_exit in HOPELESS_EXITS):
                 log = self._run.log_of(process.spec.worker_id)
                 raise StartFailed(
                     f"{process.spec.worker_id} ended with exit code {process.last_exit} before it was ready. "

@@ -52,7 +52,7 @@ def start_detached(file: Path | None, port: int | None) -> None:
     run.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
     log_path = run.log_of(SUPERVISOR_LOG)
     arguments = [*(["--file", str(file)] if file else []), *(["--port", str(port)] if port else [])]
-    with open(log_path, "wb") as log:
+    with open(log_path, "wb", opener=_open_private) as log:
         supervisor = subprocess.Popen(
             [sys.executable, "-m", "baton", "up", *arguments],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
@@ -64,6 +64,10 @@ def start_detached(file: Path | None, port: int | None) -> None:
         _print_new(said.read())
     if supervisor.poll() is not None:
         raise StartFailed(f"the service ended with exit code {supervisor.returncode}; its log is {log_path}")
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _take_lock(run: RunDir) -> int:

@@ -292,11 +292,15 @@ def test_an_unknown_key_is_refused(home: Home) -> None:
     assert "Traceback" not in answer.stderr
 
 
-def test_a_process_with_a_wrong_setting_ends_the_start_with_its_own_words(home: Home) -> None:
-    home.faults = {"decode-0": "config"}
+@pytest.mark.parametrize(("fault", "code"), [("config", 2), ("model", 78)])
+def test_a_process_that_cannot_start_ends_the_start_at_once_with_its_own_words(
+    home: Home, fault: str, code: int
+) -> None:
+    home.faults = {"decode-0": fault}
     answer = home.baton("up", "-f", str(home.file))
     assert answer.returncode == 1
-    assert "decode-0 ended with exit code 2 before it was ready" in answer.stderr
+    assert answer.stdout.count("ended with exit code") <= 1
+    assert f"decode-0 ended with exit code {code} before it was ready" in answer.stderr
     assert "--nonsense = 7: must be at most 6" in answer.stderr
     assert home.leftovers() == []
 

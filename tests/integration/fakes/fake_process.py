@@ -1,7 +1,8 @@
 """A stand-in for gateway and workers that obeys the same flags: it tests the supervisor, not the product.
 
-What it should do wrong is in FAKE_FAULTS, a JSON object of worker id to fault: "config" (exit 2), "crash" (exit 1),
-"stuck" (never ready), "deaf" (ignores SIGTERM and the closing of the parent's pipe), "stalled" (/livez says 503).
+What it should do wrong is in FAKE_FAULTS, a JSON object of worker id to fault: "config" (exit 2), "model" (exit 78),
+"crash" (exit 1), "stuck" (never ready), "deaf" (ignores SIGTERM and the closing of the parent's pipe), "stalled"
+(/livez says 503).
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ def main(role: str) -> None:
     worker_id = options.worker_id or role
     fault = json.loads(os.environ.get("FAKE_FAULTS", "{}")).get(worker_id, "")
     assert Path(options.secret_file).stat().st_mode & 0o777 == 0o600
-    if fault in ("config", "crash"):
+    if fault in ("config", "model", "crash"):
         print(f"{worker_id}: error: --nonsense = 7: must be at most 6", file=sys.stderr)
-        raise SystemExit(2 if fault == "config" else 1)
+        raise SystemExit({"config": 2, "model": 78, "crash": 1}[fault])
     host, _, port = options.http.rpartition(":")
     started = threading.Event()
     server = ThreadingHTTPServer((host, int(port)), _handler(fault, Path(options.registry_dir), started))
