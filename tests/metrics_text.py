@@ -43,5 +43,7 @@ class Metrics:
         return not pinned and not any(self.value(name) for name in busy)
 
     @property
-    def num_blocks(self) -> float:
-        return self.value("baton_kv_blocks")
+    def num_blocks_lost(self) -> float:
+        """Blocks that are in no state, or in two (T8)."""
+        (config,) = (s.labels for s in self.samples if s.name == "vllm:cache_config_info")
+        return float(config["num_gpu_blocks"]) - self.value("baton_kv_blocks")

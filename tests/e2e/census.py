@@ -70,6 +70,8 @@ def at_rest(service: Service) -> None:
     workers = [worker for worker in service.wait_all_ready() if worker.role != "gateway"]
     for worker in workers:
         eventually(f"{worker.worker_id} is at rest", lambda worker=worker: scrape(worker).is_at_rest)
+        assert scrape(worker).num_blocks_lost == 0, worker.worker_id
+    assert total(service, "baton_gateway_dropped_tokens_total", role="gateway", reason="gap") == 0
 
 
 def errors_in_logs(service: Service) -> list[str]:
