@@ -133,6 +133,15 @@ def test_a_whole_transfer_step_by_step() -> None:
     assert side.num_transfers == 0
 
 
+def test_a_manifest_shortens_no_patience_but_blocks_must_follow_it_within_its_own() -> None:
+    side = make(DecodeLimits(progress_s=5.0, verify_s=8.0))
+    verifying(side)
+    assert side.tick(7.9) == []
+    side.tick(8.0)
+    assert side.state(1) is TransferState.STOPPING
+    assert failure_of(side.pull_stopped(1, None, 8.1)) is FailureKind.FILL_TIMEOUT
+
+
 def test_acknowledgements_come_in_groups_while_blocks_are_under_way_and_once_a_second_at_least() -> None:
     side = make()
     side.start(order(4 * 4 * REPORT_BLOCKS), 0.0)
