@@ -52,7 +52,10 @@ DATA_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.experimental.tcp_min_read_chunk_size", MAX_MESSAGE_BYTES),
     ("grpc.experimental.tcp_max_read_chunk_size", 4 * MAX_MESSAGE_BYTES),
 )
-"""For a channel that pulls blocks, and for the server that answers it. Measured together and one by one: docs/log.md, "gRPC: pieces and options"."""
+"""For a channel that pulls blocks, and for the server that answers it.
+
+Measured together and one by one: docs/log.md, "gRPC: pieces and options".
+"""
 
 RPC_ERRORS: tuple[type[BaseException], ...] = (
     _aio.AioRpcError,
