@@ -138,6 +138,7 @@ def running_service(
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_interrupt_with_parent,
             )
             try:
                 _wait_until_up(up, service, Path(folder, "up.log"))
@@ -149,6 +150,13 @@ def running_service(
                 except subprocess.TimeoutExpired:
                     up.kill()
                     raise
+
+
+def _interrupt_with_parent() -> None:
+    """In the child: get Ctrl-C when the test or benchmark is killed, so that no service outlives it (Linux only)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGINT)
 
 
 def _state_of(view: ProcessView) -> str:
