@@ -8,7 +8,7 @@ from enum import Enum
 
 HANDOVER_OVERHEAD_S = 0.005
 """What a hand-over costs beyond prefill and bytes: two round trips, a ticket, digests and the commit. The goal that the
-hand-over itself is held to; measured 2 to 4 ms (docs/log.md, "Hand-over")."""
+hand-over itself is held to, and about what it takes through shared memory (docs/log.md, "Hand-over")."""
 
 DEFAULT_TRANSFER_BYTES_PER_S = 1e9
 """Until a first hand-over is measured: what the gRPC path moves on loopback (docs/log.md)."""

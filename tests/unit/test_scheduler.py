@@ -302,9 +302,9 @@ def test_prompts_are_reserved_only_a_little_ahead_of_what_is_computed():
 
 
 def test_a_more_urgent_prompt_overtakes_a_long_one_in_progress():
-    engine, _ = make_engine()
+    engine, _ = make_engine(num_blocks=64, max_model_len=128)
     watch = Watch(engine)
-    prefill(engine, 1, 64, due=9.0)
+    prefill(engine, 1, 96, due=9.0)  # 72 left after a step, more than two steps hold
     engine.step()
     prefill(engine, 2, 8, due=1.0)
     assert started(engine) == [2], "however much of the long one is left"
