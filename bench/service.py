@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from baton.local.control import Command, ProcessView, Verb, send_command
+from baton.local.control import Command, ProcessView, Reply, Verb, send_command
 from baton.local.errors import LocalError
 from baton.local.rundir import RunDir
 
@@ -72,15 +72,21 @@ class Service:
         Asked for over the control socket: as a command it takes 0.3 s of a core, and who waits asks ten times a second.
         Raises: RuntimeError if the supervisor does not answer.
         """
-        try:
-            reply = send_command(RunDir(self.run_dir / self.name), Command(Verb.PS), timeout_s=10.0)
-        except (LocalError, OSError) as error:
-            raise RuntimeError(f"no answer from the supervisor: {error}") from error
         return [
             Worker(view.worker_id, view.role, _state_of(view), view.pid or 0, view.http, view.num_restarts)
-            for view in reply.processes
+            for view in self._ask().processes
             if role in (None, view.role)
         ]
+
+    def is_up(self) -> bool:
+        """Whether the supervisor has had its own first answer, the one that `baton up` times."""
+        return self._ask().state == "ready"
+
+    def _ask(self) -> Reply:
+        try:
+            return send_command(RunDir(self.run_dir / self.name), Command(Verb.PS), timeout_s=10.0)
+        except (LocalError, OSError) as error:
+            raise RuntimeError(f"no answer from the supervisor: {error}") from error
 
     def wait_all_ready(self, timeout_s: float = START_TIMEOUT_S) -> list[Worker]:
         deadline = time.monotonic() + timeout_s
@@ -180,10 +186,11 @@ def _wait_until_up(up: subprocess.Popen[bytes], service: Service, log: Path) -> 
         if up.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"`baton up` did not come up:\n{log.read_text()}")
         try:
-            service.wait_all_ready()
-            return
-        except (RuntimeError, TimeoutError):
-            time.sleep(0.2)
+            if service.is_up():
+                return
+        except RuntimeError:
+            pass  # no supervisor yet
+        time.sleep(0.2)
 
 
 def free_port() -> int:

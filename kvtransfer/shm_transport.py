@@ -204,7 +204,7 @@ class ShmBlockTransport:
         return _ShmPuller(await asyncio.wrap_future(joining), self._copies)
 
     async def aclose(self) -> None:
-        """The mapping goes when the last copy out of it has ended."""
+        """The mapping goes when the copy that may be under way has ended."""
         self._is_closed = True
         self._joins.shutdown(wait=False)  # joins that still wait are refused, not cancelled: their callers were not
         self._copies.shutdown(wait=False)
@@ -230,12 +230,11 @@ class ShmBlockTransport:
 
 
 class _Link:
-    """A greeted connection and the two mappings."""
+    """A greeted connection and the two mappings; `mapped` is None once it has hung up."""
 
     def __init__(self, connection: socket.socket, boot_id: bytes, memory: _Bytes, generations: Any) -> None:
         self.boot_id = boot_id
-        self.memory = memory  # [num_blocks, block_bytes]
-        self.generations = generations  # [num_blocks] uint64
+        self.mapped: tuple[_Bytes, Any] | None = (memory, generations)  # [num_blocks, block_bytes]; [num_blocks] uint64
         self._connection = connection
 
     def join(self, ticket: bytes) -> None:
@@ -244,7 +243,9 @@ class _Link:
             raise TicketRefused("unknown, used or closed ticket")
 
     def hang_up(self) -> None:
+        """Let go of connection and mappings at once: tracebacks and pullers may remember this object for long."""
         self._connection.close()
+        self.mapped = None
 
 
 def _connect(worker: pb.WorkerInfo, secret: Secret) -> _Link:
@@ -339,17 +340,20 @@ class _ShmPuller:
 
     def _copy(self, block: SourceBlock, destination: _Bytes) -> BlockRead:
         """numpy copies without the GIL. A block that is another one before the copy is not copied at all."""
-        link = self._link
-        num_blocks, block_bytes = link.memory.shape
+        mapped, boot_id = self._link.mapped, self._link.boot_id
+        if mapped is None:
+            raise TransportLost("the prefill worker is gone")
+        memory, generations = mapped
+        num_blocks, block_bytes = memory.shape
         assert destination.nbytes == block_bytes
-        if block.block_id >= num_blocks or (generation := int(link.generations[block.block_id])) == NOT_PUBLISHED:
+        if block.block_id >= num_blocks or (generation := int(generations[block.block_id])) == NOT_PUBLISHED:
             raise BlockNotPublished(f"block {block.index} is not published")
         if generation != block.generation:
-            return BlockRead(block.index, link.boot_id, generation, 0)
-        source = link.memory[block.block_id]
+            return BlockRead(block.index, boot_id, generation, 0)
+        source = memory[block.block_id]
         for offset in range(0, block_bytes, MAX_PIECE_BYTES):
             if self._stop.is_set():
                 raise TransportLost("the pull was stopped")
             end = min(offset + MAX_PIECE_BYTES, block_bytes)
             np.copyto(destination[offset:end], source[offset:end])
-        return BlockRead(block.index, link.boot_id, int(link.generations[block.block_id]), block_bytes)
+        return BlockRead(block.index, boot_id, int(generations[block.block_id]), block_bytes)

@@ -5,6 +5,7 @@ The client brings its own configuration: index, proxy, certificates, credentials
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -84,13 +85,15 @@ def download_wheel(
 
 
 def downloaded_bytes(request: WheelRequest, folder: Path) -> int:
-    """What has arrived. pip writes the wheel below TMPDIR under its own name, then moves it into the folder."""
+    """What has arrived. pip writes the wheel below TMPDIR under its own name, then moves it into the folder.
+
+    Another process may own the download: files and folders can go while we look.
+    """
     sizes = [0]
-    for path in folder.rglob(request.file_name):
-        try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:  # moved meanwhile
-            continue
+    for parent, _, names in os.walk(folder):  # unlike rglob it passes over a folder that is gone
+        if request.file_name in names:
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(os.stat(os.path.join(parent, request.file_name)).st_size)
     return max(sizes)
 
 

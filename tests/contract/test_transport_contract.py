@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc.aio
 import numpy as np
@@ -334,8 +335,25 @@ async def test_shm_memory_cannot_be_written_by_the_reader(source: BlockSource, m
     async with _shm_pair(source, memory) as transport:
         ticket, _ = _published(source, [1])
         puller = await transport.open(ticket, source.boot_id)
-        assert not puller._link.memory.flags.writeable
+        assert not any(array.flags.writeable for array in puller._link.mapped)
         await puller.aclose()
+
+
+async def test_shm_mappings_go_with_the_transport_whoever_remembers_it(source: BlockSource, memory: Memory) -> None:
+    """Tracebacks and pullers kept a dead worker's memory mapped until a garbage collection; idle workers have none."""
+    async with _shm_pair(source, memory) as transport:
+        ticket, blocks = _published(source, [1])
+        puller = await transport.open(ticket, source.boot_id)
+        assert _num_mappings() == 2
+        await transport.aclose()
+        assert _num_mappings() == 0
+        with pytest.raises(TransportLost):
+            await puller.pull(blocks, _destinations(1), lambda read: None)
+
+
+def _num_mappings() -> int:
+    """Shared memory that this process maps read-only."""
+    return sum("memfd:" in line and " r--s " in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
 async def test_shm_joins_that_wait_when_the_transport_closes_fail_as_lost(source: BlockSource) -> None:
