@@ -222,7 +222,7 @@ class Bench:
 
     async def raw_copy(self, count: int) -> float:
         first, destinations = self._rotate(count)
-        memory = self._shm._link.memory  # type: ignore[union-attr]  # mapped by warm()
+        memory, _ = self._shm._link.mapped  # type: ignore[union-attr]  # mapped by warm()
         arrays = [np.frombuffer(destination, np.uint8) for destination in destinations]
 
         def copy() -> float:
