@@ -217,7 +217,7 @@ class Attempts:
                 pass  # cancelled or expired meanwhile; its RequestEnded says so
             except EngineCrashed:
                 pass  # on_crash ends every attempt
-            except Exception:
+            except Exception:  # the task's boundary: a bug here is the attempt's end, which the gateway must hear
                 log.exception("attempt failed")
                 self._engine.post(lambda engine: engine.cancel(attempt.engine_key))
                 self._end_unstarted(attempt, pb.END_INTERNAL, "the decode worker failed")

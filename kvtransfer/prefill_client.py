@@ -186,7 +186,7 @@ class PrefillClient:
             except PeerUnusable as error:
                 self._last_error = str(error)
                 log.info("prefill worker unusable", extra={"address": self.address, "reason": str(error)})
-            except Exception as error:
+            except Exception as error:  # the loop's boundary: a bug in one session must not end reconnecting
                 self._last_error = f"{type(error).__name__}"
                 log.exception("the client of a prefill worker failed", extra={"address": self.address})
             finally:
@@ -409,7 +409,7 @@ class _Session:
         try:
             destinations = await fetch.reserve()
             assert len(destinations) == action.num_blocks, (len(destinations), action.num_blocks)
-        except Exception as error:
+        except Exception as error:  # whatever the caller's reserve raises goes back to it out of `fetch`
             fetch.reserve_error = error
             failure = TransferFailure(FailureKind.INTERNAL, "no blocks were reserved")
             self._perform(self._side.reservation_refused(action.transfer_id, failure, self._loop.time()))
@@ -462,7 +462,7 @@ class _Session:
         except PullError as error:
             failure = TransferFailure(FailureKind.PULL, f"{type(error).__name__}: {error}"[:200])
             self._loop.call_soon(self._pull_failed, first.transfer_id, failure)
-        except Exception:
+        except Exception:  # the task's boundary: a bug here fails the transfer, which nobody else would end
             log.exception("a pull failed")
             failure = TransferFailure(FailureKind.INTERNAL, "the pull failed")
             self._loop.call_soon(self._pull_failed, first.transfer_id, failure)

@@ -182,7 +182,7 @@ def _consistent(file: GgufFile) -> Generator[None]:
     """tokenizers raises bare Exception, e.g. for a merge of pieces that the vocabulary lacks."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # tokenizers raises bare Exception
         raise MalformedModel(f"{file.path}: vocabulary and merges do not fit together ({error})") from error
 
 
