@@ -58,6 +58,14 @@ def adapted(command: str, port: int) -> str:
     return command.replace("curl ", "curl --silent --show-error --fail --max-time 120 ")
 
 
+def test_every_answer_that_a_page_asks_for_is_bounded() -> None:
+    """Whether and when a model stops by itself depends on the processor: its kernels round differently."""
+    asks = [(page, command) for page, command in commands() if "completions" in command]
+    assert asks
+    for page, command in asks:
+        assert '"max_tokens": ' in command, f"{page}: {command}"
+
+
 def test_console_blocks_run_in_a_fresh_copy(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     port = free_port()
     environ = os.environ | {
