@@ -5,13 +5,28 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from baton.local.control import ProcessView
-    from baton.local.supervisor import Ready
+    from baton.local.probe import FirstToken
+
+EXAMPLE_MAX_TOKENS = 128  # a small model may go round in circles up to the end of its context: minutes
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a started service tells its user."""
+
+    url: str
+    model_id: str
+    seconds_to_ready: float
+    seconds_to_first_token: float
+    first_token: FirstToken | None  # None: no key at hand to ask for one
+    needs_api_key: bool
 
 
 class Reporter(Protocol):
@@ -98,7 +113,7 @@ def banner(ready: Ready) -> str:
         request_ms = ready.first_token.seconds * 1e3
         first = f"{ready.seconds_to_first_token:.1f} s, the request's part {request_ms:.0f} ms"
     message = '[{"role": "user", "content": "Hello!"}]'
-    body = f'{{"model": "{ready.model_id}", "stream": true, "messages": {message}}}'
+    body = f'{{"model": "{ready.model_id}", "stream": true, "max_tokens": {EXAMPLE_MAX_TOKENS}, "messages": {message}}}'
     return f"""
 {ready.model_id} answers at {ready.url}, ready after {ready.seconds_to_ready:.1f} s
 time to first streamed token: {first}
@@ -108,7 +123,8 @@ time to first streamed token: {first}
 
   python3 -c '{"import os; " if ready.needs_api_key else ""}from openai import OpenAI
 client = OpenAI(base_url="{ready.url}/v1", api_key={key})
-print(client.chat.completions.create(model="{ready.model_id}", messages={message}).choices[0].message.content)'
+answer = client.chat.completions.create(model="{ready.model_id}", max_tokens={EXAMPLE_MAX_TOKENS}, messages={message})
+print(answer.choices[0].message.content)'
 
   baton ps | baton scale decode 2 | baton logs | baton down       Ctrl-C stops everything
 """

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import baton
@@ -36,7 +35,7 @@ from baton.local.plan import (
 )
 from baton.local.probe import FirstToken, ask_health, stream_first_token
 from baton.local.process import ManagedProcess, ProcessState
-from baton.local.reporter import Reporter
+from baton.local.reporter import Ready, Reporter
 from baton.local.rundir import RunDir
 from baton_operator.resources import Disaggregation, LLMService
 
@@ -47,18 +46,6 @@ MAX_ENDS_BEFORE_READY = 3
 HOPELESS_EXITS = (2, 78)  # a setting was refused; a worker cannot start with this model or this memory
 MAX_REPLICAS = 64
 JANITOR_TIMEOUT_S = 15.0
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """What a started service tells its user."""
-
-    url: str
-    model_id: str
-    seconds_to_ready: float
-    seconds_to_first_token: float
-    first_token: FirstToken | None  # None: no key at hand to ask for one
-    needs_api_key: bool
 
 
 class Supervisor:

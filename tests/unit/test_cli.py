@@ -18,10 +18,9 @@ from baton.local.errors import NotRunning
 from baton.local.logfiles import rotate, tail
 from baton.local.plan import MIB, Machine
 from baton.local.probe import FirstToken
-from baton.local.reporter import PlainReporter, banner
+from baton.local.reporter import PlainReporter, Ready, banner
 from baton.local.rundir import RunDir, known_runs, state_dir, take_lock
 from baton.local.service_file import ServiceFileError, load_service
-from baton.local.supervisor import Ready
 
 HEAVY = {"torch", "transformers", "grpc", "numpy", "rich", "pydantic", "psutil", "asyncio", "tokenizers", "uvicorn"}
 
@@ -106,6 +105,12 @@ def test_the_banner_has_an_authorization_header_only_where_keys_are_needed() -> 
     assert "Authorization" not in banner(
         Ready("http://h", "tiny", 3.0, 3.2, FirstToken(" a", 0.2), needs_api_key=False)
     )
+
+
+def test_the_banner_asks_for_bounded_answers() -> None:
+    said = banner(Ready("http://h", "tiny", 3.0, 3.2, None, needs_api_key=False))
+    assert '"max_tokens": 128' in said
+    assert ", max_tokens=128" in said
 
 
 def test_the_banner_says_why_there_is_no_first_token() -> None:
