@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.kernels.native import build as module
-from engine.kernels.native.build import Isa, KernelsUnavailable, build, detect_isa
+from engine.kernels.native.build import Isa, KernelsUnavailable, build, detect_isa, ship
 
 FAKE = """#!/bin/sh
 case "$1" in --version) echo "fake {version}"; exit 0;; esac
@@ -90,3 +90,36 @@ def test_an_unwritable_cache_says_which(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_isa_of_this_machine_is_known() -> None:
     assert detect_isa().name
+
+
+@pytest.fixture
+def own_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the sources to ship beside, as in an image that is being built."""
+    copy = shutil.copytree(module.SOURCES, tmp_path / "sources")
+    monkeypatch.setattr(module, "SOURCES", copy)
+    return copy
+
+
+def test_a_shipped_library_needs_no_compiler_and_no_cache(
+    fake_compiler: Path, own_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = ship()
+    monkeypatch.setenv("CXX", "no-such-compiler-here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nothing-may-appear-here"))
+    for library in shipped:
+        assert build(library.isa) == library
+    assert detect_isa() in [library.isa for library in shipped], "every machine finds its own"
+    assert not (tmp_path / "nothing-may-appear-here").exists()
+
+
+def test_a_shipped_library_of_other_sources_is_not_used(fake_compiler: Path, own_sources: Path, tmp_path: Path) -> None:
+    shipped = {library.path for library in ship()}
+    (own_sources / "gemm.hpp").write_text("// another\n")
+    assert build(cache=cache(tmp_path)).path not in shipped
+
+
+def test_a_library_is_called_the_same_shipped_or_made_at_first_use(
+    fake_compiler: Path, own_sources: Path, tmp_path: Path
+) -> None:
+    made = build(cache=cache(tmp_path))
+    assert made.key in [library.key for library in ship()], "the key enters the numerics fingerprint"

@@ -1,9 +1,10 @@
 """Compile the C++ kernels once per machine and keep the library in a cache.
 
-    sources + flags + compiler -> key -> <cache>/baton/kernels/<key>.so
+    instruction set - sources and flags - compiler = key -> <cache>/baton/kernels/<key>.so
 
 Done at first use (seconds) or before, by `python -m engine.kernels.native.build`. Workers that start together wait for
-one of them; a library appears under its name only when it is complete.
+one of them; a library appears under its name only when it is complete. A container image brings the libraries of every
+instruction set in `shipped/` (`--ship`) and needs no compiler; they are used only while the sources are those.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-DNDEBUG")
+_X86_MACHINES = ("x86_64", "amd64")
 _X86_LEVELS = (
     (
         "avx512",
@@ -53,7 +55,7 @@ class Isa:
 
 @dataclass(frozen=True, slots=True)
 class NativeBuild:
-    """A compiled library and what names it: `key` is the hash of sources, flags and compiler."""
+    """A compiled library and what names it: `key` is made of instruction set, sources, flags and compiler."""
 
     path: Path
     isa: Isa
@@ -63,7 +65,7 @@ class NativeBuild:
 def detect_isa() -> Isa:
     """The widest instruction set that this machine has and the kernels know."""
     machine = platform.machine().lower()
-    if machine in ("x86_64", "amd64"):
+    if machine in _X86_MACHINES:
         present = _cpu_flags()
         for name, needed, flags in _X86_LEVELS:
             if present.issuperset(needed):
@@ -82,14 +84,40 @@ def supported_isas() -> tuple[Isa, ...]:
 
 
 def build(isa: Isa | None = None, cache: Path | None = None) -> NativeBuild:
-    """Find the library in the cache, or compile it.
+    """Find the library among those that were shipped, then in the cache, or compile it.
 
     Raises: KernelsUnavailable.
     """
     isa = isa or detect_isa()
+    return _find_shipped(isa) or _build_in(cache or _cache_folder(), isa)
+
+
+def ship() -> tuple[NativeBuild, ...]:
+    """Compile the libraries of every instruction set of this kind of machine, for images that have no compiler.
+
+    Raises: KernelsUnavailable.
+    """
+    folder = _shipped_folder()
+    folder.mkdir(exist_ok=True)
+    machine = platform.machine().lower()
+    levels = _X86_LEVELS if machine in _X86_MACHINES else ()
+    isas = (*(Isa(name, flags) for name, _, flags in levels), Isa(machine, ()))
+    return tuple(_build_in(folder, isa) for isa in isas)
+
+
+def _shipped_folder() -> Path:
+    return SOURCES / "shipped"
+
+
+def _find_shipped(isa: Isa) -> NativeBuild | None:
+    """The library in the image, unless the sources were changed since."""
+    found = sorted(_shipped_folder().glob(f"{isa.name}-{_sources_digest(isa)}-*.so"))
+    return NativeBuild(found[0], isa, found[0].stem) if found else None
+
+
+def _build_in(folder: Path, isa: Isa) -> NativeBuild:
     compiler = _find_compiler()
-    key = _key(isa, compiler)
-    folder = cache or _cache_folder()
+    key = f"{isa.name}-{_sources_digest(isa)}-{_compiler_digest(compiler)}"
     path = folder / f"{key}.so"
     if not path.exists():
         with (folder / f"{key}.lock").open("w") as lock:
@@ -129,12 +157,17 @@ def _find_compiler() -> tuple[str, ...]:
     raise KernelsUnavailable(f"no C++ compiler: tried {', '.join(candidates)} and the package ziglang; install g++")
 
 
-def _key(isa: Isa, compiler: tuple[str, ...]) -> str:
+def _sources_digest(isa: Isa) -> str:
     digest = hashlib.sha256()
     for source in sorted((*SOURCES.glob("*.hpp"), *SOURCES.glob("*.cpp"))):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    digest.update("\0".join((isa.name, *_FLAGS, *isa.flags, *compiler, _compiler_version(compiler))).encode())
-    return f"{isa.name}-{digest.hexdigest()[:16]}"
+    digest.update("\0".join((isa.name, *_FLAGS, *isa.flags)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _compiler_digest(compiler: tuple[str, ...]) -> str:
+    """Part of the key, since another compiler may round differently (it enters the numerics fingerprint)."""
+    return hashlib.sha256("\0".join((*compiler, _compiler_version(compiler))).encode()).hexdigest()[:8]
 
 
 def _compiler_version(compiler: tuple[str, ...]) -> str:
@@ -165,5 +198,5 @@ def _cpu_flags() -> frozenset[str]:
 
 
 if __name__ == "__main__":
-    built = build()
-    sys.stdout.write(f"{built.isa.name} {built.path}\n")
+    for built in ship() if "--ship" in sys.argv else (build(),):
+        sys.stdout.write(f"{built.isa.name} {built.path}\n")
