@@ -375,3 +375,20 @@ def test_only_what_p_must_compute_counts_as_waiting_for_its_steps() -> None:
     assert side.num_waiting_for_steps == 1
     side.handle(published(ref(0), ref(1)), 0.0)
     assert side.num_waiting_for_steps == 0
+
+
+def test_a_refusal_after_the_reservation_only_counts() -> None:
+    side = make()
+    filling(side)
+    refused = TransferFailure(FailureKind.INTERNAL, "too late")
+    assert side.reservation_refused(1, refused, 0.0) == []
+    assert side.state(1) is TransferState.FILLING
+    assert side.ignored["late_reservation"] == 1
+
+
+def test_a_message_that_strayed_in_from_an_earlier_stream_names_no_transfer() -> None:
+    sides = [DecodeSide(BOOT, "layout", BLOCK_SIZE, BLOCK_BYTES) for _ in range(2)]
+    (stray, _), (own, _) = (side.start(order(), 0.0) for side in sides)
+    assert sides[1].handle(queued(stray), 0.0) == []
+    assert sides[1].ignored["unknown_transfer"] == 1
+    assert sides[1].state(own) is TransferState.PROMISED

@@ -147,6 +147,18 @@ def test_what_exceeds_the_credit_is_held_back() -> None:
     assert kinds(side.handle(credit(3), 0.0)) == ["GrantBackend", "Publish", "manifest"]
 
 
+def test_a_manifest_waits_for_the_blocks_that_are_held_back() -> None:
+    """Without a tail, which would wait for credit on its own."""
+    side = make()
+    side.handle(start(token_ids=[1] * 8), 0.0)
+    side.prefill_starting(100, 2, 0, 0.0)
+    side.handle(credit(1), 0.0)
+    side.blocks_filled(100, [ready(0), ready(1)], 0.0)
+    assert side.prefill_done(100, None, [pb.FirstToken(choice=0)], 0.0, 0.0, 0.0) == []
+    assert side.state(TICKET) is TicketState.PREFILLING
+    assert kinds(side.handle(credit(2), 0.0)) == ["GrantBackend", "Publish", "published", "manifest"]
+
+
 def test_blocks_that_d_holds_are_not_published() -> None:
     side = make()
     side.handle(start(num_blocks_held=1), 0.0)
