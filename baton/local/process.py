@@ -2,6 +2,7 @@
 
 STARTING -> READY -> (ends) RESTARTING or CRASH_LOOP -> STARTING ...
 any      -> DRAINING (stop asked for) -> ENDED
+any      -> ENDED with `has_given_up` (a hopeless end while the service starts)
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from baton.local.control import ProcessView
 from baton.local.logfiles import open_log
 from baton.local.plan import ProcessSpec
 from baton.local.probe import Health, ask_health
-from baton.local.restarts import RestartHistory, after_end
+from baton.local.restarts import RestartHistory, after_end, is_hopeless
 from baton.local.rundir import RunDir
 
 STARTUP_POLL_S = 0.1
@@ -52,17 +53,20 @@ class ManagedProcess:
         environment: Mapping[str, str],
         parent_fd: int,
         say: Callable[[str], None],
+        is_service_starting: Callable[[], bool],
     ) -> None:
         self.spec = spec
         self.state = ProcessState.STARTING
         self.history = RestartHistory()
         self.last_exit: int | None = None
+        self.has_given_up = False
         self._run = run
         self._fixed_address = address
         self.address = address or ""
         self._environment = dict(environment)
         self._parent_fd = parent_fd
         self._say = say
+        self._is_service_starting = is_service_starting
         self._health = Health(is_good=False)
         self._child: asyncio.subprocess.Process | None = None
         self._started_at = time.monotonic()
@@ -71,7 +75,7 @@ class ManagedProcess:
     # ------------------------------------------------------------ flow
 
     async def keep_running(self) -> None:
-        """Start the process, and again whenever it ends, until `stop`."""
+        """Start the process, and again whenever it ends, until a stop is asked for or there is no hope."""
         while not self._stop.is_set():
             child = await self._start()
             watch = asyncio.create_task(self._watch_health(child))
@@ -79,8 +83,12 @@ class ManagedProcess:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
             self._registry_file.unlink(missing_ok=True)  # a process killed with -9 could not
-            if not self._stop.is_set():
-                await self._wait_to_restart()
+            if self._stop.is_set():
+                break
+            if self._is_service_starting() and is_hopeless(self.history, self.last_exit):
+                self.has_given_up = True
+                break
+            await self._wait_to_restart()
         self._child = None
         self.state = ProcessState.ENDED
 

@@ -2,6 +2,7 @@
 
 The wait doubles from FIRST_S to MAX_S with jitter, so that workers killed together do not come back together; it starts
 over once a process stayed up for STABLE_S. Several quick ends in a row are a crash loop: shown, and still retried.
+Only while the service starts is there an end after which nothing is tried again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ MAX_S = 30.0
 STABLE_S = 30.0
 JITTER = 0.25
 CRASH_LOOP_ENDS = 3
+MAX_ENDS_BEFORE_READY = 3
+HOPELESS_EXITS = (2, 78)  # a setting was refused; a worker cannot start with this model or this memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,11 @@ class Restart:
     delay_s: float
     is_crash_loop: bool
     history: RestartHistory
+
+
+def is_hopeless(history: RestartHistory, exit_code: int) -> bool:
+    """Whether an end during the service's start will not get better by starting again; `history` is that before it."""
+    return exit_code in HOPELESS_EXITS or history.num_restarts + 1 >= MAX_ENDS_BEFORE_READY
 
 
 def after_end(history: RestartHistory, *, uptime_s: float, chance: float) -> Restart:

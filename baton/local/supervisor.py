@@ -42,8 +42,6 @@ from baton_operator.resources import Disaggregation, LLMService
 START_TIMEOUT_S = 600.0
 FIRST_TOKEN_TIMEOUT_S = 120.0
 KILL_AFTER_S = DRAIN_S + 5.0  # a process that drains in time is never killed
-MAX_ENDS_BEFORE_READY = 3
-HOPELESS_EXITS = (2, 78)  # a setting was refused; a worker cannot start with this model or this memory
 MAX_REPLICAS = 64
 JANITOR_TIMEOUT_S = 15.0
 
@@ -107,6 +105,7 @@ class Supervisor:
                 await asyncio.sleep(0.05)
         seconds_to_ready = time.monotonic() - self._started_at
         token = await asyncio.to_thread(self._first_token)
+        self._fail_if_hopeless()  # nobody would start again what gave up meanwhile
         self._state = "ready"
         self._reporter.ready(
             Ready(
@@ -278,6 +277,7 @@ class Supervisor:
             environment=self._environment(is_of_run=True),
             parent_fd=self._parent_fd,
             say=self._reporter.say,
+            is_service_starting=lambda: self._state == "starting",
         )
         self._processes[spec.worker_id] = process
         self._tasks[spec.worker_id] = asyncio.create_task(process.keep_running(), name=spec.worker_id)
@@ -287,10 +287,9 @@ class Supervisor:
         self._tasks.pop(worker_id, None)
 
     def _fail_if_hopeless(self) -> None:
-        """A wrong setting or a third end before the service was ready will not get better by waiting."""
+        """The start fails with the first process that has given up."""
         for process in self._processes.values():
-            ends = process.history.num_restarts
-            if ends >= MAX_ENDS_BEFORE_READY or (ends and process.last_exit in HOPELESS_EXITS):
+            if process.has_given_up:
                 log = self._run.log_of(process.spec.worker_id)
                 raise StartFailed(
                     f"{process.spec.worker_id} ended with exit code {process.last_exit} before it was ready. "

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.local.restarts import CRASH_LOOP_ENDS, FIRST_S, JITTER, MAX_S, STABLE_S, RestartHistory, after_end
+from baton.local.restarts import (
+    CRASH_LOOP_ENDS,
+    FIRST_S,
+    JITTER,
+    MAX_S,
+    STABLE_S,
+    RestartHistory,
+    after_end,
+    is_hopeless,
+)
 
 
 def test_the_first_end_is_followed_by_a_quick_restart() -> None:
@@ -49,3 +58,13 @@ def test_the_wait_is_always_positive_and_bounded(num_quick_ends: int, uptime_s: 
 def test_processes_killed_together_come_back_apart() -> None:
     delays = {after_end(RestartHistory(), uptime_s=1.0, chance=chance / 8).delay_s for chance in range(8)}
     assert len(delays) == 8
+
+
+@pytest.mark.parametrize(
+    ("num_restarts", "exit_code", "expected"),
+    [(0, 2, True), (0, 78, True), (0, 1, False), (0, -9, False), (1, 1, False), (2, 1, True), (2, -9, True)],
+)
+def test_a_refused_setting_or_a_third_end_leaves_no_hope_for_the_start(
+    num_restarts: int, exit_code: int, expected: bool
+) -> None:
+    assert is_hopeless(RestartHistory(num_restarts=num_restarts), exit_code) is expected
