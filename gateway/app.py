@@ -24,7 +24,16 @@ from starlette.routing import Route, Router
 
 from gateway import dialect, responses
 from gateway.dialect import ChatBody, CompletionBody, DetokenizeBody, ModelLimits, TokenizeBody
-from gateway.errors import BodyTooLarge, BodyTooSlow, GatewayError, InvalidRequest, NotFound, Unauthorized, Unavailable
+from gateway.errors import (
+    BodyTooLarge,
+    BodyTooSlow,
+    GatewayError,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Unauthorized,
+    Unavailable,
+)
 from gateway.generation import Generation, GenerationRequest
 from gateway.http_protocol import ABORT
 from gateway.keys import ApiKeys, cache_salt
@@ -181,7 +190,7 @@ class Edge:
                 log.exception("request failed")
                 if has_started:
                     raise
-                error = GatewayError("internal error; the log has the details under this request id")
+                error = InternalError()
                 await send_json(send_with_id, error.status, error.body(), error_headers(error))
 
     def _authorise(self, path: str, headers: Mapping[str, str]) -> str:
@@ -441,7 +450,7 @@ class _Answer:
             log.exception("request failed")
             if not outbox.has_written:
                 raise
-            outbox.write(responses.error_frame(GatewayError("internal error; see the server's log").body()))
+            outbox.write(responses.error_frame(InternalError().body()))
         else:
             if self._shape.include_usage:
                 usage = responses.usage_of(self._generations)

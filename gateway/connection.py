@@ -213,10 +213,10 @@ class DecodeConnection:
                 self.abandon(attempt)
                 attempt.end(EndKind.TOKEN_GAP, str(gap))
                 continue
-            except Exception as error:  # the loop's boundary: one request's bug must not end the others' stream
+            except Exception:  # the loop's boundary: one request's bug must not end the others' stream
                 log.exception("token could not be processed", extra={"request_id": generation.request.request_id})
                 self.abandon(attempt)
-                attempt.end(EndKind.INVALID, f"the gateway could not process a token: {type(error).__name__}")
+                attempt.end(EndKind.GATEWAY_FAULT)
                 continue
             is_complete = generation.log.is_complete
             if is_cancel_due:

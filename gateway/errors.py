@@ -7,6 +7,7 @@
     │   ├── NotFound             404
     │   ├── BodyTooSlow          408
     │   ├── BodyTooLarge         413
+    │   ├── InternalError        500  a bug of ours
     │   └── Quarantined          500  three workers died while running this request
     └── retryable (Retry-After, retry-after-ms)
         ├── TooManyRequests      429  one key's share of the queue is used up
@@ -65,6 +66,13 @@ class BodyTooSlow(GatewayError):
 class BodyTooLarge(GatewayError):
     status = 413
     type = "RequestEntityTooLargeError"
+
+
+class InternalError(GatewayError):
+    """Tells a client where the details are, and nothing more."""
+
+    def __init__(self) -> None:
+        super().__init__("internal error; the server's log has the details under this request's id")
 
 
 class Quarantined(GatewayError):

@@ -1,4 +1,4 @@
-"""What to do when an attempt ends without completing the log. Pure: a history and an end in, a decision out.
+"""What to do when an attempt ends without completing its request. Pure: a history and an end in, a decision out.
 
 Budget: an attempt that committed a token, and a drain, cost nothing; everything else costs one of MAX_ATTEMPTS.
 Poison: a worker death without one new token is held against the request. After two it runs alone on a worker; a third
@@ -10,7 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from gateway.errors import AttemptsExhausted, DeadlineExceeded, GatewayError, InvalidRequest, Overloaded, Quarantined
+from gateway.errors import (
+    AttemptsExhausted,
+    DeadlineExceeded,
+    GatewayError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    Quarantined,
+)
 
 MAX_ATTEMPTS = 3
 DEATHS_UNTIL_ALONE = 2
@@ -31,6 +39,7 @@ class EndKind(Enum):
     WORKER_LOST = "worker_lost"
     WORKER_SILENT = "worker_silent"
     TOKEN_GAP = "token_gap"
+    GATEWAY_FAULT = "gateway_fault"  # a bug of ours: neither client nor worker is to blame
 
 
 DEATHS = frozenset({EndKind.WORKER_LOST, EndKind.WORKER_SILENT})
@@ -76,6 +85,8 @@ def after(history: History, end: AttemptEnd) -> Retry | GatewayError:
             return DeadlineExceeded(f"the request's deadline passed on worker {end.worker_id}: {end.message}")
         case EndKind.INVALID:
             return InvalidRequest(end.message or "the worker can never run this request")
+        case EndKind.GATEWAY_FAULT:  # its token is committed without its text: no other attempt would say it again
+            return InternalError()
         case EndKind.DRAINING:
             return Retry(replace(history, avoid=frozenset({end.worker_id})))
         case _:

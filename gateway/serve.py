@@ -53,7 +53,7 @@ async def serve(generation: Generation, services: Services) -> None:
                 attempt = _start(generation, connection, route, services)
                 end = await _finish(attempt)
             _note_end(end, services)
-            if not generation.log.is_complete:
+            if not generation.log.is_complete or end.kind is EndKind.GATEWAY_FAULT:
                 await _prepare_retry(generation, end, services)
     except asyncio.CancelledError:
         _log_end(generation, "cancelled")

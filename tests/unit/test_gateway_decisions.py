@@ -11,6 +11,7 @@ from gateway.errors import (
     AttemptsExhausted,
     DeadlineExceeded,
     GatewayError,
+    InternalError,
     InvalidRequest,
     Overloaded,
     Quarantined,
@@ -102,6 +103,7 @@ def test_what_an_end_costs(history: History, ended: AttemptEnd, expected: Histor
     [
         (History(), end(EndKind.DEADLINE), DeadlineExceeded),
         (History(), end(EndKind.INVALID), InvalidRequest),
+        (History(), end(EndKind.GATEWAY_FAULT), InternalError),
         (History(MAX_ATTEMPTS - 1), end(EndKind.INTERNAL), AttemptsExhausted),
         (History(MAX_ATTEMPTS - 1), end(EndKind.OVERLOADED), Overloaded),
         (History(2, 2, 2), end(EndKind.WORKER_LOST), Quarantined),

@@ -11,6 +11,7 @@ import httpx2
 import pytest
 
 from gateway import connection, worker_pool
+from gateway.detokenize import TextDelta, TextStream
 from gateway.fake_decode_worker import FakeDecodeWorker, Fault, Script
 from kvtransfer.protocol import baton_pb2 as pb
 from tests.gateway_harness import Harness, events, running, streamed_text
@@ -58,6 +59,37 @@ async def test_a_worker_that_misbehaves_changes_nothing_for_the_client(tmp_path:
         if fault in (Fault.SKIP, Fault.REORDER):
             assert await harness.metric('baton_gateway_dropped_tokens_total{reason="gap"}') == 1
             assert await harness.metric('baton_gateway_attempts_total{end="token_gap"}') == 1
+
+
+@pytest.mark.parametrize("at", [0, 2, NUM_TOKENS - 1], ids=["first token", "between", "last token"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_a_bug_of_the_gateway_is_blamed_on_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, stream: bool
+) -> None:
+    """A token that is committed and has no text cannot be drawn again: a 500, no retry, and the others go on."""
+    whole = await reference(tmp_path)
+    push = TextStream.push
+    num_pushed = 0
+
+    def fail_once(self: TextStream, token_id: int) -> TextDelta:
+        nonlocal num_pushed
+        num_pushed += 1
+        if num_pushed == at + 1:
+            raise RuntimeError("a bug")
+        return push(self, token_id)
+
+    async with running(tmp_path, FakeDecodeWorker()) as harness:
+        monkeypatch.setattr(TextStream, "push", fail_once)
+        answer = await harness.complete(max_tokens=NUM_TOKENS, stream=stream)
+        if stream and at:
+            assert events(answer)[-1]["error"]["code"] == 500
+        else:
+            assert answer.status_code == 500, answer.text
+            assert answer.json()["error"]["type"] == "InternalServerError"
+            assert "a bug" not in answer.text
+        assert len(harness.worker.requests) == 1
+        assert await harness.metric('baton_gateway_attempts_total{end="gateway_fault"}') == 1
+        assert texts(await harness.complete(max_tokens=NUM_TOKENS)) == whole
 
 
 async def test_a_lone_worker_that_restarts_is_found_again_and_continues(tmp_path: Path) -> None:
