@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-BENCHMARKS = ("scheduler", "engine", "transfer", "gateway", "pd")
+BENCHMARKS = ("scheduler", "long_prompt", "engine", "transfer", "gateway", "pd")
 
 
 def main() -> None:

@@ -122,7 +122,7 @@ class Attempts:
         self._idle.clear()
         stream.keys[message.key] = engine_key
         # Submitted here, not in the task: a cancel that is read right behind it must find the request.
-        matched = self._engine.submit(lambda engine: engine.match(attempt.request))
+        matched = self._engine.begin(attempt.request, Engine.match)
         attempt.task = asyncio.create_task(self._run(attempt, matched), name=f"attempt-{engine_key}")
 
     def cancel(self, stream: GatewayStream, message: pb.CancelAttempt) -> None:
@@ -132,13 +132,13 @@ class Attempts:
             self._metrics.ignored.count("late_cancel")
             return
         choices = tuple(message.choices)
-        self._engine.post(lambda engine: engine.cancel(engine_key, choices))
+        self._engine.post(engine_key, lambda engine: engine.cancel(engine_key, choices))
 
     def leave(self, stream: GatewayStream) -> None:
         """The gateway is gone: cancel all that it asked for. Nothing is told to it any more."""
         stream.is_cut = True
         for engine_key in stream.keys.values():
-            self._engine.post(lambda engine, key=engine_key: engine.cancel(key))
+            self._engine.post(engine_key, lambda engine, key=engine_key: engine.cancel(key))
 
     # ------------------------------------------------------------ what the engine says
 
@@ -219,7 +219,7 @@ class Attempts:
                 pass  # on_crash ends every attempt
             except Exception:  # the task's boundary: a bug here is the attempt's end, which the gateway must hear
                 log.exception("attempt failed")
-                self._engine.post(lambda engine: engine.cancel(attempt.engine_key))
+                self._engine.post(attempt.engine_key, lambda engine: engine.cancel(attempt.engine_key))
                 self._end_unstarted(attempt, pb.END_INTERNAL, "the decode worker failed")
 
     def _place(self, attempt: Attempt, match: PrefixMatch) -> Placement:
@@ -254,7 +254,7 @@ class Attempts:
                 await self._engine.call(lambda engine: _let_go(engine, attempt.engine_key))
                 plan.failed(failed.failure)
             except BaseException:
-                self._engine.post(lambda engine: _let_go(engine, attempt.engine_key))
+                self._engine.post(attempt.engine_key, lambda engine: _let_go(engine, attempt.engine_key))
                 raise
             else:
                 await self._commit(attempt, tokens)
@@ -327,7 +327,8 @@ class Attempts:
             log.info("handing over", extra={"num_requests": len(self._by_key)})
             for attempt in self._by_key.values():
                 attempt.is_handed_over = True
-                self._engine.post(lambda engine, key=attempt.engine_key: engine.cancel(key))
+                key = attempt.engine_key
+                self._engine.post(key, lambda engine, key=key: engine.cancel(key))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), HAND_OVER_S)
             self._abandon()

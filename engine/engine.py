@@ -18,6 +18,9 @@ Prefill worker:
     grant_credit(key, num_blocks)                  chunks run only while credit covers the blocks they complete
     release_transfer(key, ok)                      the transfer lets go -> RequestEnded
 
+Before any of these, on any thread: hashed(request) -> the request with its prompt hashed, so that a long one does not
+stall the step in which it comes.
+
 Anywhere: cancel(key) -> RequestEnded. It may come in any phase. Where a transfer still holds blocks (a decode worker's
 filling request, a prefill worker's started one), they stay pinned until release_transfer(key, ok=False), so that
 nothing is reused under a peer's hands. Every accepted request ends with exactly one RequestEnded; cancel,
@@ -30,6 +33,7 @@ wrong order.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import random
@@ -94,6 +98,11 @@ class Engine:
         self._num_peer_waits = 0  # steps in which all that waits, waits for a peer: alive, with nothing to compute
         self._step_s = 0.0
         self._prefill_tokens_per_s = 0.0
+
+    def hashed(self, request: EngineRequest) -> EngineRequest:
+        """The same request with its prompt hashed for the prefix cache. The one call that any thread may make."""
+        links = self._memory.hash_prompt(request.prompt_token_ids, request.cache_salt)
+        return dataclasses.replace(request, links=tuple(links))
 
     # -------------------------------------------------------------- decode and colocated
 
@@ -321,6 +330,7 @@ class Engine:
             stop_token_ids=frozenset((*eos_token_ids, *sampling.stop_token_ids)),
             num_committed_tokens=len(start.committed_token_ids),
             length_quantile=self._quantiles.random(),
+            links=list(request.links),
         )
 
     def _expect(self, key: int, call: str, *phases: Phase) -> Group:

@@ -7,9 +7,10 @@ much.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
+from engine.prefix_cache import Link
 from engine.request import FinishReason, SampledToken, SamplingParams
 
 # ------------------------------------------------------------------ asked
@@ -28,6 +29,7 @@ class EngineRequest:
     """A request as the engine sees it. `key` is unique among live requests; `deadline` is on the engine's clock.
 
     For `start_prefill`, `choices` are those that want a first token; none means that only the prompt's KV is wanted.
+    `links` are the prompt's hashes if `Engine.hashed` took them beforehand; the engine takes those that are missing.
     """
 
     key: int
@@ -37,6 +39,7 @@ class EngineRequest:
     choices: tuple[ChoiceStart, ...] = (ChoiceStart(0),)
     cache_salt: bytes = b""
     deadline: float = float("inf")
+    links: tuple[Link, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Sequence as AnySequence
 
 from engine.block_pool import BlockPool
 from engine.group import ScheduledSequence
-from engine.prefix_cache import PrefixCache
+from engine.prefix_cache import Link, PrefixCache
 
 
 class SequenceMemory:
@@ -22,6 +23,13 @@ class SequenceMemory:
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
+
+    def hash_prompt(self, token_ids: AnySequence[int], salt: bytes) -> list[Link]:
+        """The links of all full blocks of a prompt. Thread-safe: it reads nothing that changes."""
+        links: list[Link] = []
+        if self._prefix_caching:
+            self.cache.extend(links, self.cache.root(salt), token_ids, len(token_ids) // self.block_size)
+        return links
 
     def match(self, sequence: ScheduledSequence, target: int) -> list[int]:
         """Cached blocks of the sequence's prefix, whole ones, short of the last position before `target`."""

@@ -68,19 +68,19 @@ class EngineBackend:
         )
         due = now + due_in_s(len(start.token_ids), self._engine.load.prefill_tokens_per_s, start.ttft_left_s)
 
-        def begin(engine: Engine) -> None:
+        def begin(engine: Engine, request: EngineRequest) -> None:
             engine.start_prefill(request, start.num_blocks_held, due)
 
         self._live.add(key)
         self._failpoints.kill_if_due("kill-after-prompt-queued")
-        self._engine.submit(begin).add_done_callback(lambda begun: self._on_begun(key, begun.exception()))
+        self._engine.begin(request, begin).add_done_callback(lambda begun: self._on_begun(key, begun.exception()))
 
     def grant_credit(self, key: int, num_blocks: int) -> None:
-        self._engine.post(lambda engine: engine.grant_credit(key, num_blocks))
+        self._engine.post(key, lambda engine: engine.grant_credit(key, num_blocks))
 
     def release(self, key: int, ok: bool) -> None:
         self._live.discard(key)
-        self._engine.post(lambda engine: engine.release_transfer(key, ok))
+        self._engine.post(key, lambda engine: engine.release_transfer(key, ok))
 
     def load(self) -> pb.WorkerLoad:
         return worker_load(self._engine.load)
