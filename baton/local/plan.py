@@ -100,7 +100,7 @@ def plan_service(service: LLMService, machine: Machine, model: ModelFacts, paths
 
     Raises: PlanError where the machine is too small, naming the field that would help.
     """
-    replicas = {role: pool_of(service, role).replicas for role in POOL_ROLES}
+    replicas = {role: pool_of(service, role).seed for role in POOL_ROLES}
     shares, arithmetic = divide_machine(service, machine, model, replicas)
     workers = [
         worker_spec(service, model, paths, role, index, shares[role])

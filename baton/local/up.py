@@ -17,6 +17,7 @@ from baton.local.reporter import make_reporter
 from baton.local.rundir import RunDir, state_dir, take_lock
 from baton.local.service_file import load_service
 from baton.local.supervisor import Supervisor
+from baton_operator.resources import fields_unused
 
 LOCK_PATIENCE_S = 5.0  # a run that was killed a moment ago is still being cleaned up
 SUPERVISOR_LOG = "supervisor"
@@ -31,6 +32,9 @@ def start_in_foreground(file: Path | None, port: int | None) -> None:
     reporter = make_reporter(started_at)
     try:
         run.prepare()
+        unused = fields_unused(service, mode="local")
+        if unused:
+            reporter.say(f"only for a cluster, not used here: {', '.join(unused)}")
         model = describe_model(service, say=reporter.say)
         supervisor = Supervisor(service, read_machine(), model, run, reporter, lock_fd=lock_fd, started_at=started_at)
         asyncio.run(supervisor.run())

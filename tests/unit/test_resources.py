@@ -13,6 +13,8 @@ from baton_operator.resources import (
     Disaggregation,
     LLMService,
     ResourceError,
+    fields_unused,
+    live_service,
     parse_duration,
     parse_llm_service,
     parse_quantity,
@@ -99,7 +101,12 @@ def test_a_refusal_names_field_value_limit_and_what_to_do(spec: dict[str, Any], 
 def test_an_unknown_key_is_refused_with_the_known_ones_and_the_closest() -> None:
     message = refusal(document(pools={"decode": {"replica": 2}}))
     assert "spec.pools.decode.replica: unknown key; did you mean replicas?" in message
-    assert "kvMemory, replicas, threads" in message
+    assert "known keys of spec.pools.decode: affinity, kvMemory, max, min," in message
+
+
+def test_an_unknown_key_inside_a_list_or_an_optional_part_is_explained_too() -> None:
+    assert "did you mean key?" in refusal(document(pools={"decode": {"tolerations": [{"keys": "gpu"}]}}))
+    assert "did you mean host?" in refusal(document(gateway={"ingress": {"hosts": "llm.example.org"}}))
 
 
 def test_snake_case_keys_are_unknown() -> None:
@@ -148,3 +155,67 @@ def test_durations_are_read_with_their_units(text: str, seconds: float) -> None:
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="duration"):
         parse_duration(text)
+
+
+def test_fields_of_the_other_mode_are_accepted_and_named() -> None:
+    service = parse_llm_service(
+        document(
+            pools={
+                "decode": {"replicas": 2, "resources": {"gpus": 1}, "tolerations": [{"key": "gpu", "value": "a100"}]}
+            },
+            gateway={"port": 9000, "httpRoute": {"parentName": "edge"}},
+            redis={"mode": "None"},
+        ),
+        where="chat.yaml",
+    )
+    assert fields_unused(service, mode="local") == (
+        "spec.pools.decode.resources.gpus",
+        "spec.pools.decode.tolerations",
+        "spec.gateway.httpRoute.parentName",
+        "spec.redis.mode",
+    )
+    assert fields_unused(service, mode="cluster") == ("spec.gateway.port",)
+
+
+def test_a_live_object_is_read_without_what_the_api_server_added() -> None:
+    body = document(deterministic=True)
+    body["metadata"] |= {"namespace": "ns", "uid": "u", "managedFields": [{"manager": "kubectl"}], "generation": 3}
+    assert live_service(body | {"status": {}}).spec.deterministic
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"pools": {"decode": {"replicas": 2, "min": 1}}}, "replicas fixes the pool's size"),
+        ({"pools": {"decode": {"min": 3, "max": 2}}}, "min is greater than max: 3 > 2"),
+        ({"pools": {"decode": {"min": 0}}}, "pools.decode.min is 0"),
+        ({"disaggregation": "Always", "pools": {"prefill": {"min": 0}}}, "pools.prefill.min is 0"),
+        ({"autoscaling": "Fixed", "pools": {"prefill": {"max": 4}}}, "state replicas of the pools, not min or max"),
+        ({"model": {"source": "smollm2", "claimName": "weights"}}, "must be a path that begins with /models/"),
+        ({"redis": {"mode": "External"}}, "redis.mode External needs redis.urlSecret"),
+        ({"redis": {"urlSecret": "redis"}}, "redis.mode External needs redis.urlSecret"),
+        (
+            {"gateway": {"ingress": {"host": "llm.example.org"}, "httpRoute": {"parentName": "edge"}}},
+            "gateway takes httpRoute or ingress, not both",
+        ),
+        ({"pools": {"decode": {"tolerations": [{"operator": "Exists", "value": "x"}]}}}, "with Exists takes no value"),
+        ({"pools": {"decode": {"tolerations": [{"value": "x"}]}}}, "operator Equal needs key"),
+        ({"pools": {"decode": {"resources": {"limits": {"memory": "much"}}}}}, "is not an amount; write for example"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_itself_is_refused(spec: dict[str, Any], words: str) -> None:
+    assert words in refusal(document(**spec))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ({}, "smollm2"),
+        ({"source": "Qwen/Qwen2.5-0.5B-Instruct"}, "Qwen/Qwen2.5-0.5B-Instruct"),
+        ({"source": "/models/llama.gguf"}, "llama"),
+        ({"source": "/models/llama/"}, "llama"),
+        ({"source": "/models/llama", "name": "chat"}, "chat"),
+    ],
+)
+def test_clients_call_a_model_by_its_source_unless_it_is_named(model: dict[str, str], name: str) -> None:
+    assert parse_llm_service(document(model=model), where="chat.yaml").spec.model.served_name == name

@@ -1,0 +1,105 @@
+"""Names, labels and value types that the pure parts of the operator share. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+Manifest: TypeAlias = Mapping[str, Any]
+"""A Kubernetes object as parsed JSON."""
+
+API_VERSION = "serving.baton.dev/v1alpha1"
+SERVICE_KIND = "LLMService"
+POOL_KIND = "LLMPool"
+FIELD_MANAGER = "baton-operator"
+SEED_MANAGER = "baton-operator-seed"
+"""Owns spec.replicas of a pool that others scale, from its making until somebody scales it."""
+
+SERVICE_LABEL = "serving.baton.dev/service"
+REVISION_LABEL = "serving.baton.dev/revision"
+COMPONENT_LABEL = "app.kubernetes.io/component"
+HASH_ANNOTATION = "serving.baton.dev/applied"
+"""Digest of the manifest that was applied last: a field that was taken away changes it, though no live field does."""
+
+ROLES = ("prefill", "decode")
+API_PORT = 8000
+INTERNAL_PORT = 8001
+GRPC_PORT = 7000
+HEALTH_PORT = 7001
+REDIS_PORT = 6379
+DRAIN_S = 30
+"""What running requests have to finish when a pod is stopped."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Ref:
+    """An object in the service's own namespace."""
+
+    api_version: str
+    kind: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.name}"
+
+
+def ref_of(manifest: Manifest) -> Ref:
+    return Ref(manifest["apiVersion"], manifest["kind"], manifest["metadata"]["name"])
+
+
+@dataclass(frozen=True, slots=True)
+class RandomSecret:
+    """A Secret whose values are drawn once, when it does not exist, and never written again.
+
+    `manifest` has no data; `keys` names each key that gets 32 random bytes as 64 hex digits.
+    """
+
+    manifest: Manifest
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DesiredPool:
+    """What one role should have. Replicas are the planner's: no manifest here states them."""
+
+    role: str
+    pool: Manifest
+    deployment: Manifest  # of the desired revision
+    replicas: int | None  # stated: the operator owns them; None: whoever scales the LLMPool
+    seed: int  # for a pool that nobody has scaled yet
+    least: int
+    most: int
+
+    def clamp(self, replicas: int) -> int:
+        return max(self.least, min(self.most, replicas))
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """All that a service should consist of, in the order in which it is made. `desired.py` makes it."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    revision: str
+    model: str  # served name, for the printer column
+    url: str
+    mode: str  # Auto, Always, Never: printer column; Never: a probe goes through decode alone
+    replaces: bool  # rollout strategy Replace
+    progress_deadline_s: float
+    secrets: tuple[RandomSecret, ...]
+    before: tuple[Manifest, ...]  # service accounts, network policies, Services, Redis: what pods need
+    pools: Mapping[str, DesiredPool]  # by role
+    routing: Manifest  # the ConfigMap without data
+    gateway: Manifest  # its Deployment
+    after: tuple[Manifest, ...]  # PDBs, ServiceMonitor, HTTPRoute, Ingress, InferencePool: what needs the rest
+    warnings: tuple[str, ...] = field(default=())  # fields that mean nothing here, APIs that the cluster lacks
+
+    @property
+    def manifests(self) -> tuple[Manifest, ...]:
+        """Everything but the Secrets' values, Deployments of the desired revision included."""
+        pools = [pool.pool for pool in self.pools.values()]
+        workers = [pool.deployment for pool in self.pools.values()]
+        return (*self.before, *pools, self.routing, *workers, self.gateway, *self.after)
