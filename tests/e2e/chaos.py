@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,14 +156,16 @@ async def run_kills(
     """Random victims at random moments: P, D, or one of each at once; while prompts are prefilled or at any token."""
     rng, report = random.Random(seed), Report(seed)
     await chaos.learn()
+    struck: set[int] = set()  # the supervisor may see an end later than the next round begins
     while report.num_kills < num_kills:
-        ready = await asyncio.to_thread(wait_enough_ready, chaos.service)
+        ready = await asyncio.to_thread(wait_enough_ready, chaos.service, struck)
         victims = _victims(rng, ready)
         in_prefill = rng.random() < (0.6 if victims[0].role == "prefill" else 0.25)
         after_tokens = None if in_prefill else rng.randrange(1, num_tokens - 8)
         after_s = rng.uniform(0.0, 2.0) * chaos.first_token_s
         when = f"{after_s:.3f} s" if after_tokens is None else f"{after_tokens} tokens"
-        wrong = await chaos.round(lambda struck=victims: kill(*struck), after_tokens=after_tokens, after_s=after_s)
+        wrong = await chaos.round(lambda chosen=victims: kill(*chosen), after_tokens=after_tokens, after_s=after_s)
+        struck.update(victim.pid for victim in victims)
         report.num_kills += len(victims)
         report.num_streams += len(chaos.last)
         report.gaps_s += [stream.slowest_gap_s for stream in chaos.last]
@@ -184,11 +186,11 @@ def _victims(rng: random.Random, ready: Sequence[Worker]) -> list[Worker]:
     return [rng.choice([*prefill, *decode])]
 
 
-def wait_enough_ready(service: Service, timeout_s: float = 120.0) -> list[Worker]:
-    """The ready workers, once there are two decode workers and a prefill worker."""
+def wait_enough_ready(service: Service, struck: Collection[int] = (), timeout_s: float = 120.0) -> list[Worker]:
+    """The ready workers but the pids in `struck`, once there are two decode workers and a prefill worker."""
     deadline = time.monotonic() + timeout_s
     while True:
-        ready = [worker for worker in service.workers() if worker.state == "ready"]
+        ready = [worker for worker in service.workers() if worker.state == "ready" and worker.pid not in struck]
         roles = [worker.role for worker in ready]
         if roles.count("decode") >= 2 and roles.count("prefill") >= 1 and "gateway" in roles:
             return [worker for worker in ready if worker.role != "gateway"]
