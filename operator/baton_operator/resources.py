@@ -303,7 +303,7 @@ class Pool(_Part):
     kv_memory: Quantity | None = Field(
         default=None, description="KV memory of each worker; default: an equal share, or what the memory limit leaves"
     )
-    resources: Resources = Resources()
+    resources: Resources = Field(default=Resources(), description="CPU, memory and GPUs of each worker")
     node_selector: Labels = _cluster({}, description="labels that a node must have")
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = _cluster(
         (), description="taints to tolerate"
@@ -313,7 +313,9 @@ class Pool(_Part):
         (), description="how the pods are spread; default: over zones and nodes where possible"
     )
     priority_class_name: ObjectName | None = _cluster(description="PriorityClass of the pods")
-    pod_overrides: PodOverrides = PodOverrides()
+    pod_overrides: PodOverrides = Field(
+        default=PodOverrides(), description="what else may be changed in worker pods; all other fields are Baton's"
+    )
     cel_rules: ClassVar[tuple[CelRule, ...]] = (
         CelRule(
             "!has(self.replicas) || (!has(self.min) && !has(self.max))",
@@ -341,8 +343,8 @@ class Pool(_Part):
 
 
 class Pools(_Part):
-    prefill: Pool = Pool()
-    decode: Pool = Pool()
+    prefill: Pool = Field(default=Pool(), description="workers that run prompts and hand their KV over")
+    decode: Pool = Field(default=Pool(), description="workers that own requests and write the answers")
 
 
 class Objectives(_Part):
@@ -383,7 +385,7 @@ class Gateway(_Part):
         description="Secret whose key `keys` holds one accepted API key a line; default: no key needed"
     )
     replicas: int = _cluster(1, ge=1, le=64, description="how many gateways")
-    resources: Resources = Resources()
+    resources: Resources = Field(default=Resources(), description="CPU and memory of each gateway")
     service_type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = _cluster(
         "ClusterIP", description="how the API's Service is reached"
     )
@@ -480,8 +482,8 @@ class Redis(_Part):
 
 
 class LLMServiceSpec(_Part):
-    model: Model = Model()
-    pools: Pools = Pools()
+    model: Model = Field(default=Model(), description="what is served")
+    pools: Pools = Field(default=Pools(), description="the workers")
     disaggregation: Disaggregation = Field(
         default=Disaggregation.AUTO,
         description="Auto: decided per request; Always: by a prefill worker; Never: by the decode worker",
@@ -489,17 +491,19 @@ class LLMServiceSpec(_Part):
     deterministic: bool = Field(
         default=False, description="same seed, same bytes, whatever else runs and whatever fails"
     )
-    objectives: Objectives = Objectives()
+    objectives: Objectives = Field(default=Objectives(), description="what to aim for")
     autoscaling: Autoscaling = _cluster(
         Autoscaling.EXTERNAL,
         description="External: a pool that states no replicas is scaled by others (kubectl scale, HPA, KEDA). "
         "Fixed: by nobody; it has 1 worker",
     )
-    rollout: Rollout = Rollout()
-    gateway: Gateway = Gateway()
-    engine: Engine = Engine()
-    redis: Redis = Redis()
-    image: Image = Image()
+    rollout: Rollout = Field(default=Rollout(), description="how a change that shapes worker pods reaches them")
+    gateway: Gateway = Field(default=Gateway(), description="the API")
+    engine: Engine = Field(default=Engine(), description="how workers run batches and keep KV")
+    redis: Redis = Field(
+        default=Redis(), description="where workers announce themselves, besides DNS; losing it fails no request"
+    )
+    image: Image = Field(default=Image(), description="what runs")
     network_policies: bool = _cluster(True, description="let only those reach a pod that need to")
     cel_rules: ClassVar[tuple[CelRule, ...]] = (
         CelRule(
@@ -539,7 +543,7 @@ class LLMService(_Part):
     api_version: Literal["serving.baton.dev/v1alpha1"] = Field(default=API_VERSION, description="must be stated")
     kind: Literal["LLMService"] = Field(default=KIND, description="must be stated")
     metadata: Metadata = Metadata()
-    spec: LLMServiceSpec = LLMServiceSpec()
+    spec: LLMServiceSpec = Field(default=LLMServiceSpec(), description="what is asked for; every field has a default")
     cel_rules: ClassVar[tuple[CelRule, ...]] = (
         CelRule(
             f"self.metadata.name.size() <= {MAX_NAME} && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
