@@ -316,10 +316,12 @@ class GenerateEndpoint:
     ) -> GenerationRequest:
         gateway = self._gateway
         headers: Mapping[str, str] = scope["baton.headers"]
-        sampling, stop_rules, text_rules = dialect.sampling_of(body, len(token_ids), gateway.limits)
+        length = dialect.asked_length(body, len(token_ids))
+        sampling, stop_rules, text_rules = dialect.sampling_of(body, length, gateway.limits)
         return GenerationRequest(
             request_id=scope["baton.request_id"],
             prompt_token_ids=token_ids,
+            length=length,
             sampling=sampling,
             num_choices=body.n,
             stop_rules=stop_rules,

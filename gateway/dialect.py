@@ -5,12 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from gateway.errors import InvalidRequest
 from gateway.generation import TextRules
+from gateway.length import AskedLength
 from gateway.token_log import StopRules
 from kvtransfer.protocol import baton_pb2 as pb
 from modelfiles import GenerationDefaults
@@ -151,6 +152,7 @@ class ChatBody(SamplingBody):
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict[str, Any])
     echo: Literal[False] = False
+    prompt_name: ClassVar[str] = "messages"
 
     @model_validator(mode="after")
     def _chat(self) -> ChatBody:
@@ -182,6 +184,7 @@ class CompletionBody(SamplingBody):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     add_special_tokens: bool = True
+    prompt_name: ClassVar[str] = "prompt"
 
     @model_validator(mode="after")
     def _completion(self) -> CompletionBody:
@@ -305,11 +308,15 @@ class ModelLimits:
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
 
+def asked_length(body: ChatBody | CompletionBody, num_prompt_tokens: int) -> AskedLength:
+    return AskedLength(num_prompt_tokens, body.wanted_tokens, body.prompt_name, body.wanted_name)
+
+
 def sampling_of(
-    body: ChatBody | CompletionBody, num_prompt_tokens: int, limits: ModelLimits
+    body: ChatBody | CompletionBody, length: AskedLength, limits: ModelLimits
 ) -> tuple[pb.SamplingParams, StopRules, TextRules]:
     """How tokens are drawn, what ends them, and how they become text. Raises: InvalidRequest."""
-    max_tokens = _max_tokens(body, num_prompt_tokens, limits)
+    max_tokens = _max_tokens(body, length, limits)
     if body.min_tokens > max_tokens:
         raise InvalidRequest(
             f"min_tokens: {body.min_tokens} exceeds {body.wanted_name} {max_tokens}; lower it", param="min_tokens"
@@ -344,7 +351,7 @@ def checked_prompt(body: ChatBody | CompletionBody, token_ids: list[int], limits
     """The prompt's ids, cut where the client asked for it. Raises: InvalidRequest."""
     if body.truncate_prompt_tokens is not None:
         token_ids = token_ids[-body.truncate_prompt_tokens :]
-    name = "messages" if isinstance(body, ChatBody) else "prompt"
+    name = body.prompt_name
     if not token_ids:
         raise InvalidRequest(f"{name}: no tokens; send at least one", param=name)
     largest = max(token_ids)
@@ -355,25 +362,10 @@ def checked_prompt(body: ChatBody | CompletionBody, token_ids: list[int], limits
     return tuple(token_ids)
 
 
-def _max_tokens(body: ChatBody | CompletionBody, num_prompt_tokens: int, limits: ModelLimits) -> int:
-    room = limits.max_model_len - num_prompt_tokens
-    wanted = body.wanted_tokens
-    name = "messages" if isinstance(body, ChatBody) else "prompt"
-    if room < 1:
-        raise InvalidRequest(
-            f"{name}: {num_prompt_tokens} tokens leave no room in the model's maximum of {limits.max_model_len};"
-            " shorten it",
-            param=name,
-        )
-    if wanted is None:
-        return min(room, limits.defaults.max_new_tokens or room)
-    if wanted > room:
-        raise InvalidRequest(
-            f"{body.wanted_name}: {num_prompt_tokens} prompt tokens + {wanted} exceed the model's maximum of"
-            f" {limits.max_model_len}; ask for at most {room}",
-            param=body.wanted_name,
-        )
-    return wanted
+def _max_tokens(body: ChatBody | CompletionBody, length: AskedLength, limits: ModelLimits) -> int:
+    length.check(limits.max_model_len, "the model's")
+    room = limits.max_model_len - length.num_prompt_tokens
+    return body.wanted_tokens or min(room, limits.defaults.max_new_tokens or room)
 
 
 def _first(*values: float | None) -> float:

@@ -86,6 +86,7 @@ class FakeDecodeWorker:
         eos_token_ids: Sequence[int] = (),
         numerics: str = "numerics-a",
         secret: str = "",
+        max_model_len: int = 2048,
     ) -> None:
         self.worker_id = worker_id
         self.script = script or Script()
@@ -100,6 +101,7 @@ class FakeDecodeWorker:
         self._next_token = next_token
         self._numerics = numerics
         self._secret = secret
+        self._max_model_len = max_model_len
         self._num_faults = 0
         self._server: Any = None
 
@@ -163,7 +165,7 @@ class FakeDecodeWorker:
             layout_fingerprint="layout-a",
             numerics_fingerprint=self._numerics,
             deterministic=True,
-            max_model_len=2048,
+            max_model_len=self._max_model_len,
             block_size=16,
             max_num_seqs=256,
         )

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from gateway.detokenize import Detokenizer, TextStream
 from gateway.failover import History
+from gateway.length import AskedLength
 from gateway.metrics import GatewayMetrics
 from gateway.router import Candidate
 from gateway.token_log import Finish, FinishReason, StopRules, TokenLog, Verdict
@@ -34,6 +35,7 @@ class GenerationRequest:
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
+    length: AskedLength
     sampling: pb.SamplingParams
     num_choices: int
     stop_rules: StopRules
@@ -104,6 +106,12 @@ class Generation:
     @property
     def deadline(self) -> float:
         return self.timing.received_at + self.request.timeout_s
+
+    @property
+    def num_output_tokens(self) -> int:
+        """For how many tokens of output a worker must have room, so that each choice comes to its end or goes on."""
+        asked = self.request.length.num_output_tokens
+        return asked or 1 + max(len(choice.token_ids) for choice in self.log.choices)
 
     def on_token(self, attempt: int, token: pb.Token, now: float) -> bool:
         """Commit a token, make its text, hand it on. True if the choice ended here without the worker knowing it yet.

@@ -44,7 +44,10 @@ class WorkerState:
     free_share: float = 1.0  # of KV blocks
     prefill_tokens_per_s: float = 0.0
     step_s: float = 0.0
-    max_model_len: int = 0
+    max_model_len: int = 0  # of prompt and output together; 0: it does not say
+
+    def takes(self, num_tokens: int) -> bool:
+        return not self.max_model_len or num_tokens <= self.max_model_len
 
     @property
     def rate(self) -> float:
@@ -64,6 +67,7 @@ class RoutingRequest:
     """What the router needs to know of a request."""
 
     num_prompt_tokens: int
+    num_output_tokens: int = 1  # that a worker must have room for
     cached_tokens: Mapping[str, int] = field(default_factory=dict[str, int])  # worker id -> tokens believed cached
     avoid: Collection[str] = ()
     numerics_fingerprint: str | None = None  # deterministic failover: only a worker that computes the same bits
@@ -77,6 +81,7 @@ class NoRoute(Enum):
     """Why nothing is routable just now. Waiting is free; the deadline bounds it."""
 
     NO_WORKERS = "no decode worker is connected"
+    TOO_LONG = "no decode worker takes a request of this length"
     DRAINING = "every decode worker is draining"
     RESERVED = "every decode worker is held for a request that must run alone"
     NUMERICS = "no decode worker computes with the numerics this request began with"
@@ -122,8 +127,9 @@ def route(request: RoutingRequest, decode: Sequence[WorkerState], prefill: Seque
 
 
 def rank_prefill(request: RoutingRequest, decode: WorkerState, prefill: Sequence[WorkerState]) -> tuple[Candidate, ...]:
-    """Prefill workers whose KV fits the decode worker's, best first."""
-    same = [p for p in prefill if not p.is_draining and p.layout_fingerprint == decode.layout_fingerprint]
+    """Prefill workers that take the prompt and whose KV fits the decode worker's, best first."""
+    able = [p for p in prefill if not p.is_draining and p.takes(request.num_prompt_tokens)]
+    same = [p for p in able if p.layout_fingerprint == decode.layout_fingerprint]
     ranked = sorted(
         (_candidate(request, worker) for worker in _without_suspects(same)),
         key=lambda candidate: (candidate.predicted_s, candidate.worker_id),
@@ -137,6 +143,7 @@ def _usable(request: RoutingRequest, decode: Sequence[WorkerState]) -> list[Work
         return [worker for worker in decode if worker.worker_id == request.only_worker] or NoRoute.NOT_FOUND
     steps: tuple[tuple[NoRoute, Callable[[WorkerState], bool]], ...] = (
         (NoRoute.NO_WORKERS, lambda _: True),
+        (NoRoute.TOO_LONG, lambda w: w.takes(request.num_prompt_tokens + request.num_output_tokens)),
         (NoRoute.DRAINING, lambda w: not w.is_draining),
         (NoRoute.RESERVED, lambda w: not w.is_reserved),
         (NoRoute.NUMERICS, lambda w: _is_same_kind(request, w)),

@@ -88,10 +88,13 @@ async def _route(generation: Generation, pool: WorkerPool, held: ExitStack) -> t
         if generation.history.must_run_alone:
             _hold_a_worker(generation, pool, held)
         wanted = _wanted(generation, pool, chain)
-        decision = router.route(wanted, pool.decode_states(generation), pool.prefill_states())
+        workers = pool.decode_states(generation)
+        decision = router.route(wanted, workers, pool.prefill_states())
         if isinstance(decision, Route):
             pool.prefixes.note(chain, [decision.worker_id])
             return pool.connections[decision.worker_id], decision
+        if decision is NoRoute.TOO_LONG and not generation.log.attempt:  # later, it ran on a worker that may come back
+            generation.request.length.check(max(worker.max_model_len for worker in workers), "this service's workers'")
         await _wait(generation, pool, decision)
 
 
@@ -99,6 +102,7 @@ def _wanted(generation: Generation, pool: WorkerPool, chain: list[int]) -> Routi
     request = generation.request
     return RoutingRequest(
         num_prompt_tokens=len(request.prompt_token_ids),
+        num_output_tokens=generation.num_output_tokens,
         cached_tokens=pool.prefixes.match(chain),
         avoid=generation.history.avoid,
         numerics_fingerprint=generation.numerics_fingerprint,

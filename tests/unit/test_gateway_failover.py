@@ -13,6 +13,7 @@ import pytest
 from gateway import connection, worker_pool
 from gateway.detokenize import TextDelta, TextStream
 from gateway.fake_decode_worker import FakeDecodeWorker, Fault, Script
+from gateway.fake_model import EOS_ID, write_fake_model
 from kvtransfer.protocol import baton_pb2 as pb
 from tests.gateway_harness import Harness, events, running, streamed_text
 
@@ -213,11 +214,10 @@ async def test_a_client_that_does_not_read_is_cut_and_the_worker_is_drained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gateway import app
-    from gateway.fake_model import write_fake_model
 
     monkeypatch.setattr(app, "CLIENT_STALL_S", 0.2)
     model = write_fake_model(tmp_path / "long", 1_000_000)
-    async with running(tmp_path, FakeDecodeWorker(), model=model) as harness:
+    async with running(tmp_path, FakeDecodeWorker(max_model_len=1_000_000), model=model) as harness:
         body = json.dumps({"prompt": "x", "max_tokens": 60_000, "n": 2, "stream": True}).encode()
         _, writer = await asyncio.open_connection("127.0.0.1", harness.server.port, limit=1024)
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
@@ -249,6 +249,53 @@ async def test_a_worker_of_another_model_or_without_the_secret_is_not_used(tmp_p
     async with running(tmp_path, FakeDecodeWorker(secret="right"), wait_for=0, request_timeout=1.0) as harness:
         assert (await harness.complete()).status_code == 504
         assert harness.worker.requests == []
+
+
+async def test_a_request_goes_only_to_a_worker_that_takes_its_length(tmp_path: Path) -> None:
+    def ending(worker_id: str, max_model_len: int) -> FakeDecodeWorker:
+        return FakeDecodeWorker(
+            worker_id, next_token=lambda *_: EOS_ID, eos_token_ids=[EOS_ID], max_model_len=max_model_len
+        )
+
+    model = write_fake_model(tmp_path / "model", max_model_len=4096)
+    async with running(tmp_path, ending("d0", 64), ending("d1", 128), model=model) as harness:
+        assert (await harness.complete(max_tokens=60)).status_code == 200
+        assert [len(worker.requests) for worker in harness.workers] == [0, 1]
+        assert (await harness.chat(max_tokens=None)).status_code == 200  # as much as there is room for: never too long
+        num_sent = sum(len(worker.requests) for worker in harness.workers)
+        long_chat = [{"role": "user", "content": "x" * 128}]
+        for answer, field, words in (
+            (await harness.complete(max_tokens=124), "max_tokens", "5 prompt tokens + 124 exceed"),
+            (await harness.complete(max_tokens=124, stream=True), "max_tokens", "ask for at most 123"),
+            (await harness.complete(prompt="x" * 128, max_tokens=1), "prompt", "128 tokens leave no room"),
+            (await harness.chat(max_tokens=None, messages=long_chat), "messages", "leave no room"),
+        ):
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, field), error
+            assert error["message"].startswith(f"{field}: ")
+            assert words in error["message"]
+            assert "this service's workers' maximum of 128;" in error["message"]
+        assert sum(len(worker.requests) for worker in harness.workers) == num_sent
+
+
+async def test_a_request_under_way_waits_for_a_worker_that_takes_its_length(tmp_path: Path) -> None:
+    """Its worker died, and those that are left take less: nothing that the client could mend."""
+    whole = await reference(tmp_path)
+    registry = tmp_path / "registry"
+    registry.mkdir()
+    large, small = FakeDecodeWorker("large", Script(fault=Fault.DIE, at=3)), FakeDecodeWorker("small", max_model_len=8)
+    async with large, small:
+        announce(registry, large)
+        announce(registry, small)
+        async with running(tmp_path, wait_for=2, registry_dir=registry) as harness:
+            work = asyncio.create_task(harness.complete(max_tokens=NUM_TOKENS))
+            while not large.requests:
+                await asyncio.sleep(0.01)
+            await large.kill()
+            async with FakeDecodeWorker("large") as second:
+                announce(registry, second)
+                assert texts(await work) == whole
+            assert small.requests == []
 
 
 async def test_the_deadline_travels_as_time_left(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from gateway.router import MAX_CANDIDATES, NoRoute, PrefixRecord, Route, RoutingRequest, WorkerState, route
 
 REQUEST = RoutingRequest(num_prompt_tokens=1000)
+LONG = replace(REQUEST, num_output_tokens=64)
 NUMERICS = replace(REQUEST, numerics_fingerprint="N")
 
 
@@ -41,6 +42,8 @@ def chosen(decision: Route | NoRoute) -> str:
         ([worker("a", is_reserved=True), worker("b", num_running=9)], REQUEST, "b"),
         ([worker("a", num_running=1), worker("b")], replace(REQUEST, alone=True), "b"),
         ([worker("a"), worker("b", num_running=9)], replace(REQUEST, only_worker="b"), "b"),
+        ([worker("a", max_model_len=1063), worker("b", max_model_len=1064, num_running=9)], LONG, "b"),
+        ([worker("a", max_model_len=0), worker("b", max_model_len=1063)], LONG, "a"),  # 0: it does not say
     ],
 )  # fmt: skip
 def test_the_decode_worker_with_the_least_predicted_wait_is_chosen(
@@ -54,6 +57,8 @@ def test_the_decode_worker_with_the_least_predicted_wait_is_chosen(
     [
         ([], REQUEST, NoRoute.NO_WORKERS),
         ([worker("a", is_draining=True)], REQUEST, NoRoute.DRAINING),
+        ([worker("a", max_model_len=1063)], LONG, NoRoute.TOO_LONG),
+        ([worker("a", max_model_len=1063), worker("b", is_draining=True)], LONG, NoRoute.DRAINING),
         ([worker("a", is_reserved=True)], REQUEST, NoRoute.RESERVED),
         ([worker("a")], replace(REQUEST, numerics_fingerprint="M"), NoRoute.NUMERICS),
         ([worker("a")], replace(REQUEST, layout_fingerprint="M"), NoRoute.NUMERICS),
@@ -80,8 +85,8 @@ def test_prefill_candidates_are_ordered_by_queue_and_cached_prefix() -> None:
     assert decision.candidates[0].predicted_queue_s == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize("change", [{"layout_fingerprint": "other"}, {"is_draining": True}])
-def test_a_prefill_worker_whose_kv_would_not_fit_or_that_drains_is_no_candidate(change: dict[str, object]) -> None:
+@pytest.mark.parametrize("change", [{"layout_fingerprint": "other"}, {"is_draining": True}, {"max_model_len": 999}])
+def test_a_prefill_worker_that_cannot_serve_the_decode_worker_is_no_candidate(change: dict[str, object]) -> None:
     decision = route(REQUEST, [worker("d")], [worker("p", **change)])
     assert isinstance(decision, Route)
     assert decision.candidates == ()
