@@ -1,7 +1,9 @@
-"""The Pull stream: published blocks over any network that gRPC crosses.
+"""Pull calls: published blocks over any network that gRPC crosses.
 
-P serves it on the same grpc.aio server as its control stream. D reads it with a synchronous channel of its own (its own
-TCP connection, so that KV never delays a control message) on a thread of its own, which also takes the digest.
+P serves them on the same grpc.aio server as its control stream. D makes them on a synchronous channel of its own (its
+own TCP connection, so that KV never delays a control message), one per batch of blocks. Each is read by a thread of
+ours, which polls the call itself and also takes the digest: no other thread and no event loop stands between socket
+and block.
 
 Piece size and channel options (rpc.DATA_OPTIONS) were chosen by measurement: docs/log.md, "gRPC: pieces and options".
 """
@@ -9,11 +11,13 @@ Piece size and channel options (rpc.DATA_OPTIONS) were chosen by measurement: do
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import secrets
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import numpy as np
@@ -22,17 +26,16 @@ from kvtransfer import frames, rpc
 from kvtransfer.auth import Secret
 from kvtransfer.errors import BlockNotPublished, PullError, TicketRefused, TransportLost
 from kvtransfer.protocol import baton_pb2 as pb
-from kvtransfer.transport import (
-    BlockPuller,
-    BlockRead,
-    BlockSource,
-    OnRead,
-    SourceBlock,
-    until_let_go,
-)
+from kvtransfer.transport import BlockPuller, BlockRead, BlockSource, OnRead, SourceBlock, on_thread
 
 _METHOD = "/baton.v1.PrefillWorker/Pull"
-_WANT_BLOCKS_PER_MESSAGE = 4096
+_PATH_BYTES = 16
+
+JOIN_S = 5.0
+"""A join is one round trip; who does not answer it is not there, and the next transport is tried."""
+
+PULL_S = 300.0
+"""Longest call, at both ends. A bound on what is forgotten: the transfer's own deadlines end a slow pull before."""
 
 TARGET_PIECE_BYTES = 384 << 10
 """Measured (docs/log.md, "gRPC: pieces and options"): smaller ones cost more per message, larger ones more per byte,
@@ -48,6 +51,17 @@ def piece_bytes(block_bytes: int) -> int:
 
 _CACHE_LINE_BYTES = 64
 
+_LARGE_BYTES = 31 << 20
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what messages free: by default it returns a page fault for each 4 KiB of every piece.
+
+    It gives back what exceeds twice the largest block that was ever unmapped (mallopt(3), M_MMAP_THRESHOLD; blocks
+    over 32 MiB do not count), so unmapping one large block is enough. Measured: a third of D's processor time.
+    """
+    bytes(_LARGE_BYTES)
+
 
 def _identity(message: bytes) -> bytes:
     return message
@@ -59,32 +73,29 @@ def _identity(message: bytes) -> bytes:
 class GrpcBlockServer:
     """P's end: the handler of Pull. `method_handler` goes into PrefillWorker's table in place of the generated one."""
 
-    def __init__(self, source: BlockSource) -> None:
+    def __init__(self, source: BlockSource, pull_s: float = PULL_S) -> None:
         self._source = source
+        self._pull_s = pull_s
+        _keep_freed_memory()
 
     @property
     def method_handler(self) -> rpc.Handler:
-        return rpc.stream_handler(self.pull, pb.PullUp.FromString, _identity)
+        return rpc.server_stream_handler(self.pull, pb.PullBlocks.FromString, _identity)
 
-    async def pull(self, requests: AsyncIterator[pb.PullUp], context: rpc.Context) -> AsyncIterator[bytes]:
-        """Join, then answer each wish in order."""
-        joined: bytes | None = None
+    async def pull(self, request: pb.PullBlocks, context: rpc.Context) -> None:
+        """Join, or send the blocks in the order in which they are asked for."""
         try:
-            async for request in requests:
-                if request.WhichOneof("kind") == "join" and joined is None:
-                    self._source.join(request.join.ticket, request.join.boot_id)
-                    joined = request.join.ticket
-                    await context.send_initial_metadata(())  # "joined"
-                elif request.WhichOneof("kind") == "want" and joined is not None:
-                    for index in request.want.indices:
-                        for piece in self._pieces(joined, index):
-                            yield piece
-                else:
-                    raise TicketRefused("a pull begins with one join")
+            async with asyncio.timeout(self._pull_s):
+                self._source.join(request.ticket, request.boot_id, request.path)
+                for index in request.indices:
+                    for piece in self._pieces(request.ticket, index):
+                        await context.write(piece)
         except TicketRefused as error:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
         except BlockNotPublished as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"nobody reads a pull for {self._pull_s:g} s")
 
     def _pieces(self, ticket: bytes, index: int) -> Iterator[bytes]:
         block_bytes, length = self._source.block_bytes, piece_bytes(self._source.block_bytes)
@@ -94,33 +105,28 @@ class GrpcBlockServer:
 
 # ---------------------------------------------------------------- D
 
-_T = TypeVar("_T")
-
 
 class GrpcBlockTransport:
     """D's end: one data channel to one prefill worker."""
 
     name = "grpc"
 
-    def __init__(self, address: str, secret: Secret, block_bytes: int, max_threads: int = 16) -> None:
+    def __init__(
+        self, address: str, secret: Secret, block_bytes: int, max_threads: int = 16, join_s: float = JOIN_S
+    ) -> None:
         self._address = address
         self._secret = secret
         self._block_bytes = block_bytes
+        self._join_s = join_s
+        _keep_freed_memory()
         self._channel = rpc.sync_channel(address, rpc.DATA_OPTIONS)
-        self._call = rpc.stream_call(self._channel, _METHOD, pb.PullUp.SerializeToString, _identity)
+        self._method = rpc.server_stream_call(self._channel, _METHOD, pb.PullBlocks.SerializeToString, _identity)
         self._threads = ThreadPoolExecutor(max_threads, thread_name_prefix="pull")
 
     async def open(self, ticket: bytes, boot_id: bytes) -> BlockPuller:
-        puller = _GrpcPuller(self._threads, self._block_bytes, boot_id)
-        try:
-            puller.start(self._call, self._secret, ticket)
-        except ValueError as error:
-            raise TransportLost("the transport is closed") from error
-        try:
-            await puller.joined()
-        except BaseException:
-            await puller.aclose()
-            raise
+        method = functools.partial(self._method, metadata=self._secret.metadata)
+        puller = _GrpcPuller(method, self._threads, self._block_bytes, ticket, boot_id)
+        await puller.join(self._join_s)
         return puller
 
     async def aclose(self) -> None:
@@ -128,100 +134,79 @@ class GrpcBlockTransport:
         self._threads.shutdown(wait=False)
 
 
-class _Requests:
-    """The request side of one Pull call: gRPC's own thread waits in `__next__` for what we put in."""
-
-    def __init__(self) -> None:
-        self._wake = threading.Condition()
-        self._waiting: list[pb.PullUp] = []
-        self._closed = False
-
-    def put(self, request: pb.PullUp) -> None:
-        with self._wake:
-            self._waiting.append(request)
-            self._wake.notify()
-
-    def close(self) -> None:
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-
-    def __iter__(self) -> _Requests:
-        return self
-
-    def __next__(self) -> pb.PullUp:
-        with self._wake:
-            self._wake.wait_for(lambda: self._waiting or self._closed)
-            if self._waiting:
-                return self._waiting.pop(0)
-            raise StopIteration
-
-
 class _GrpcPuller:
-    def __init__(self, threads: ThreadPoolExecutor, block_bytes: int, boot_id: bytes) -> None:
+    def __init__(
+        self,
+        method: Callable[..., Any],
+        threads: ThreadPoolExecutor,
+        block_bytes: int,
+        ticket: bytes,
+        boot_id: bytes,
+    ) -> None:
+        self._method = method
         self._threads = threads
         self._block_bytes = block_bytes
         self._boot_id = boot_id
-        self._requests = _Requests()
+        self._request = pb.PullBlocks(ticket=ticket, boot_id=boot_id, path=secrets.token_bytes(_PATH_BYTES))
+        self._lock = threading.Lock()  # between a call's begin on its thread and `_stop` on the loop
         self._call: Any = None
+        self._is_stopped = False
 
-    def start(self, call: Callable[..., Any], secret: Secret, ticket: bytes) -> None:
-        self._requests.put(pb.PullUp(join=pb.JoinTicket(ticket=ticket, boot_id=self._boot_id)))
-        self._call = call(self._requests, metadata=secret.metadata)
-
-    async def joined(self) -> None:
-        await self._on_thread(self._wait_joined)
+    async def join(self, patience_s: float) -> None:
+        await on_thread(self._threads, functools.partial(self._receive, (), (), _ignore, patience_s), self._stop)
 
     async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:
-        assert len(blocks) == len(destinations)
-        for first in range(0, len(blocks), _WANT_BLOCKS_PER_MESSAGE):
-            part = blocks[first : first + _WANT_BLOCKS_PER_MESSAGE]
-            self._requests.put(pb.PullUp(want=pb.WantBlocks(indices=[block.index for block in part])))
-        await self._on_thread(functools.partial(self._receive, blocks, destinations, on_read))
+        work = functools.partial(self._receive, blocks, destinations, on_read, PULL_S)
+        await on_thread(self._threads, work, self._stop)
 
     async def aclose(self) -> None:
-        self._requests.close()
-        self._call.cancel()
+        self._stop()
 
-    async def _on_thread(self, work: Callable[[], _T]) -> _T:
-        """Run on the transport's thread; when cancelled, end the call and wait until the thread has let go."""
-        try:
-            task = self._threads.submit(work)
-        except RuntimeError as error:
-            raise TransportLost("the transport is closed") from error
-        running = asyncio.wrap_future(task)
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            self._call.cancel()
-            if not task.cancel():  # it runs, until the cancelled call wakes it
-                await until_let_go(running)
-            raise
+    def _stop(self) -> None:
+        with self._lock:
+            self._is_stopped = True
+            if self._call is not None:
+                self._call.cancel()
 
-    def _wait_joined(self) -> None:
-        try:
-            self._call.initial_metadata()
-            if not self._call.is_active():
-                next(self._call)  # raises the status
-        except StopIteration:
-            raise TransportLost("the pull ended before it began") from None
-        except grpc.RpcError as error:
-            raise _translated(error) from error
-
-    def _receive(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:
-        try:
+    def _receive(
+        self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead, patience_s: float
+    ) -> None:
+        """On the transport's thread: one call from its begin to its end."""
+        with self._calling([block.index for block in blocks], patience_s) as call:
             for block, destination in zip(blocks, destinations, strict=True):
-                on_read(self._receive_block(block, np.frombuffer(destination, np.uint8)))
+                on_read(self._receive_block(call, block, np.frombuffer(destination, np.uint8)))
+            if next(call, None) is not None:
+                raise TransportLost("the pull gave more than was asked for")
+
+    @contextlib.contextmanager
+    def _calling(self, indices: Sequence[int], patience_s: float) -> Generator[Any]:
+        request = pb.PullBlocks()
+        request.CopyFrom(self._request)
+        request.indices.extend(indices)
+        with self._lock:
+            if self._is_stopped:
+                raise TransportLost("the pull was stopped")
+            try:
+                self._call = self._method(request, timeout=patience_s)
+            except ValueError as error:
+                raise TransportLost("the transport is closed") from error
+        try:
+            yield self._call
         except grpc.RpcError as error:
             raise _translated(error) from error
-        except StopIteration:
-            raise TransportLost("the pull ended early") from None
+        finally:
+            _finish(self._call)
 
-    def _receive_block(self, block: SourceBlock, destination: np.ndarray[Any, np.dtype[np.uint8]]) -> BlockRead:
+    def _receive_block(
+        self, call: Any, block: SourceBlock, destination: np.ndarray[Any, np.dtype[np.uint8]]
+    ) -> BlockRead:
         received, generation = 0, block.generation
         assert destination.nbytes == self._block_bytes
         while received < self._block_bytes:
-            frame = frames.decode(next(self._call))
+            message = next(call, None)
+            if message is None:
+                raise TransportLost("the pull ended early")
+            frame = frames.decode(message)
             length = frame.data.nbytes
             if frame.index != block.index or frame.offset != received or not 0 < length <= self._block_bytes - received:
                 raise TransportLost(f"got block {frame.index} at {frame.offset}, not {block.index} at {received}")
@@ -230,6 +215,18 @@ class _GrpcPuller:
             if frame.generation != block.generation:
                 generation = frame.generation  # any piece that was read from another generation spoils the block
         return BlockRead(block.index, self._boot_id, generation, received)
+
+
+def _ignore(read: BlockRead) -> None:
+    """A join reads nothing."""
+
+
+def _finish(call: Any) -> None:
+    """End the call and take its last events. gRPC keeps a call that nobody polls to its end as long as the channel,
+    and its public methods stop polling at a cancel."""
+    call.cancel()
+    while call._state.due:
+        call._consume_next_event()
 
 
 def _translated(error: grpc.RpcError) -> PullError:

@@ -26,9 +26,9 @@ import secrets
 import socket
 import struct
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -44,12 +44,11 @@ from kvtransfer.transport import (
     BlockSource,
     OnRead,
     SourceBlock,
-    until_let_go,
+    on_thread,
 )
 
 log = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 _NONCE_BYTES = 32
@@ -314,25 +313,11 @@ class _ShmPuller:
         self._stop = threading.Event()
 
     async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:
-        await self._on_thread(functools.partial(self._copy_all, blocks, destinations, on_read))
+        work = functools.partial(self._copy_all, blocks, destinations, on_read)
+        await on_thread(self._threads, work, self._stop.set)
 
     async def aclose(self) -> None:
         self._stop.set()
-
-    async def _on_thread(self, work: Callable[[], _T]) -> _T:
-        """Run on a copy thread; when cancelled, wait until it has let go (one piece)."""
-        try:
-            task = self._threads.submit(work)
-        except RuntimeError as error:
-            raise TransportLost("the transport is closed") from error
-        running = asyncio.wrap_future(task)
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            self._stop.set()
-            if not task.cancel():
-                await until_let_go(running)
-            raise
 
     def _copy_all(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:
         for block, destination in zip(blocks, destinations, strict=True):

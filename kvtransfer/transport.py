@@ -10,7 +10,7 @@ generation, length and digest are compared by kvtransfer.decode_side. Every tran
 tests/contract/test_transport_contract.py:
 
     memory   in process, the fake that ships                     kvtransfer/memory_transport.py
-    grpc     the Pull stream, over any network                   kvtransfer/grpc_transport.py
+    grpc     Pull calls, over any network                        kvtransfer/grpc_transport.py
     shm      one host: P's memfd mapped read-only, D copies      kvtransfer/shm_transport.py
 
 NIXL takes its place here as a fourth BlockTransport: `open` exchanges agent metadata once per boot id, `pull` posts
@@ -27,11 +27,12 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from kvtransfer import frames
-from kvtransfer.errors import BlockNotPublished, TicketRefused
+from kvtransfer.errors import BlockNotPublished, TicketRefused, TransportLost
 
 MAX_PIECE_BYTES = 1 << 20
 """Largest piece of a block in one message or one copy: the bound on how long a cancel waits."""
@@ -84,7 +85,29 @@ class BlockPuller(Protocol):
         ...
 
 
-async def until_let_go(copying: asyncio.Future[Any]) -> None:
+_T = TypeVar("_T")
+
+
+async def on_thread(threads: ThreadPoolExecutor, work: Callable[[], _T], stop: Callable[[], None]) -> _T:
+    """Run `work` on a transport's own thread. When cancelled, `stop` it and wait until the thread has let go.
+
+    Raises: TransportLost if the threads were shut down; whatever `work` raises.
+    """
+    try:
+        task = threads.submit(work)
+    except RuntimeError as error:
+        raise TransportLost("the transport is closed") from error
+    running = asyncio.wrap_future(task)
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        stop()
+        if not task.cancel():
+            await _until_let_go(running)
+        raise
+
+
+async def _until_let_go(copying: asyncio.Future[Any]) -> None:
     """Wait for a copy thread to end, however often we are cancelled meanwhile: it writes where others would read."""
     while not copying.done():
         with contextlib.suppress(asyncio.CancelledError):
@@ -112,7 +135,7 @@ class BlockTransport(Protocol):
 @dataclass(slots=True)
 class _OpenTicket:
     blocks: dict[int, SourceBlock] = field(default_factory=dict[int, SourceBlock])
-    is_joined: bool = False
+    path: bytes | None = None  # the data path that joined it
 
 
 class BlockSource:
@@ -161,16 +184,18 @@ class BlockSource:
                 if self._num_publications[block.block_id] == 0:
                     self.generation_table[block.block_id] = NOT_PUBLISHED
 
-    def join(self, ticket: bytes, boot_id: bytes) -> None:
-        """Bind the one data path of a ticket to it.
+    def join(self, ticket: bytes, boot_id: bytes, path: bytes = b"") -> None:
+        """Bind the one data path of a ticket to it. A path with a name may say so again; others come too late.
 
         Raises: TicketRefused if the ticket is unknown, closed or joined before, or meant for another incarnation.
         """
         with self._lock:
             opened = self._tickets.get(ticket)
-            if opened is None or opened.is_joined or not hmac.compare_digest(boot_id, self.boot_id):
+            if opened is None or not hmac.compare_digest(boot_id, self.boot_id):
                 raise TicketRefused("unknown, used or closed ticket")
-            opened.is_joined = True
+            if opened.path is not None and not (path and hmac.compare_digest(path, opened.path)):
+                raise TicketRefused("unknown, used or closed ticket")
+            opened.path = path
 
     def lookup(self, ticket: bytes, index: int) -> SourceBlock:
         """The published block at `index`.
@@ -205,7 +230,7 @@ class BlockSource:
 
     def _lookup(self, ticket: bytes, index: int) -> SourceBlock:
         opened = self._tickets.get(ticket)
-        if opened is None or not opened.is_joined:
+        if opened is None or opened.path is None:
             raise TicketRefused("unknown, unjoined or closed ticket")
         block = opened.blocks.get(index)
         if block is None:

@@ -93,7 +93,7 @@ class HelloReply(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., worker: _Optional[_Union[WorkerInfo, _Mapping[str, object]]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping[str, object]]] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "role", "boot_id", "model_id", "layout_fingerprint", "numerics_fingerprint", "deterministic", "max_model_len", "block_size", "block_bytes", "num_blocks", "shared_memory_socket", "host_id", "max_num_seqs", "version")
+    __slots__ = ("worker_id", "role", "boot_id", "model_id", "layout_fingerprint", "numerics_fingerprint", "deterministic", "max_model_len", "block_size", "block_bytes", "num_blocks", "shared_memory_socket", "host_id", "max_num_seqs", "version", "revision")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -109,6 +109,7 @@ class WorkerInfo(_message.Message):
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: Role
     boot_id: bytes
@@ -124,7 +125,8 @@ class WorkerInfo(_message.Message):
     host_id: str
     max_num_seqs: int
     version: str
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., boot_id: _Optional[bytes] = ..., model_id: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., numerics_fingerprint: _Optional[str] = ..., deterministic: _Optional[bool] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., shared_memory_socket: _Optional[str] = ..., host_id: _Optional[str] = ..., max_num_seqs: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    revision: str
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., boot_id: _Optional[bytes] = ..., model_id: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., numerics_fingerprint: _Optional[str] = ..., deterministic: _Optional[bool] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., shared_memory_socket: _Optional[str] = ..., host_id: _Optional[str] = ..., max_num_seqs: _Optional[int] = ..., version: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("step_counter", "num_running", "num_waiting", "num_waiting_tokens", "num_blocks_free", "num_blocks_total", "draining", "prefill_tokens_per_s", "predicted_step_s", "num_promised", "num_filling", "num_held_tokens")
@@ -397,14 +399,16 @@ class AcknowledgeBlocks(_message.Message):
     def __init__(self, ticket: _Optional[bytes] = ..., num_blocks: _Optional[int] = ...) -> None: ...
 
 class ReleaseTicket(_message.Message):
-    __slots__ = ("ticket", "transfer_id", "ok")
+    __slots__ = ("ticket", "transfer_id", "ok", "suspect")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     OK_FIELD_NUMBER: _ClassVar[int]
+    SUSPECT_FIELD_NUMBER: _ClassVar[int]
     ticket: bytes
     transfer_id: int
     ok: bool
-    def __init__(self, ticket: _Optional[bytes] = ..., transfer_id: _Optional[int] = ..., ok: _Optional[bool] = ...) -> None: ...
+    suspect: bool
+    def __init__(self, ticket: _Optional[bytes] = ..., transfer_id: _Optional[int] = ..., ok: _Optional[bool] = ..., suspect: _Optional[bool] = ...) -> None: ...
 
 class PrefillDown(_message.Message):
     __slots__ = ("queued", "starting", "published", "manifest", "failed", "heartbeat")
@@ -512,27 +516,17 @@ class PrefillFailed(_message.Message):
     message: str
     def __init__(self, transfer_id: _Optional[int] = ..., ticket: _Optional[bytes] = ..., reason: _Optional[_Union[PrefillFailure, str]] = ..., message: _Optional[str] = ...) -> None: ...
 
-class PullUp(_message.Message):
-    __slots__ = ("join", "want")
-    JOIN_FIELD_NUMBER: _ClassVar[int]
-    WANT_FIELD_NUMBER: _ClassVar[int]
-    join: JoinTicket
-    want: WantBlocks
-    def __init__(self, join: _Optional[_Union[JoinTicket, _Mapping[str, object]]] = ..., want: _Optional[_Union[WantBlocks, _Mapping[str, object]]] = ...) -> None: ...
-
-class JoinTicket(_message.Message):
-    __slots__ = ("ticket", "boot_id")
+class PullBlocks(_message.Message):
+    __slots__ = ("ticket", "boot_id", "path", "indices")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    INDICES_FIELD_NUMBER: _ClassVar[int]
     ticket: bytes
     boot_id: bytes
-    def __init__(self, ticket: _Optional[bytes] = ..., boot_id: _Optional[bytes] = ...) -> None: ...
-
-class WantBlocks(_message.Message):
-    __slots__ = ("indices",)
-    INDICES_FIELD_NUMBER: _ClassVar[int]
+    path: bytes
     indices: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, indices: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, ticket: _Optional[bytes] = ..., boot_id: _Optional[bytes] = ..., path: _Optional[bytes] = ..., indices: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PullDown(_message.Message):
     __slots__ = ("index", "offset", "generation", "data")

@@ -159,9 +159,9 @@ class PrefillWorkerStub:
                 request_serializer=baton__pb2.PrefillUp.SerializeToString,
                 response_deserializer=baton__pb2.PrefillDown.FromString,
                 _registered_method=True)
-        self.Pull = channel.stream_stream(
+        self.Pull = channel.unary_stream(
                 '/baton.v1.PrefillWorker/Pull',
-                request_serializer=baton__pb2.PullUp.SerializeToString,
+                request_serializer=baton__pb2.PullBlocks.SerializeToString,
                 response_deserializer=baton__pb2.PullDown.FromString,
                 _registered_method=True)
 
@@ -181,7 +181,7 @@ class PrefillWorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Pull(self, request_iterator, context):
+    def Pull(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -200,9 +200,9 @@ def add_PrefillWorkerServicer_to_server(servicer, server):
                     request_deserializer=baton__pb2.PrefillUp.FromString,
                     response_serializer=baton__pb2.PrefillDown.SerializeToString,
             ),
-            'Pull': grpc.stream_stream_rpc_method_handler(
+            'Pull': grpc.unary_stream_rpc_method_handler(
                     servicer.Pull,
-                    request_deserializer=baton__pb2.PullUp.FromString,
+                    request_deserializer=baton__pb2.PullBlocks.FromString,
                     response_serializer=baton__pb2.PullDown.SerializeToString,
             ),
     }
@@ -271,7 +271,7 @@ class PrefillWorker:
             _registered_method=True)
 
     @staticmethod
-    def Pull(request_iterator,
+    def Pull(request,
             target,
             options=(),
             channel_credentials=None,
@@ -281,11 +281,11 @@ class PrefillWorker:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
+        return grpc.experimental.unary_stream(
+            request,
             target,
             '/baton.v1.PrefillWorker/Pull',
-            baton__pb2.PullUp.SerializeToString,
+            baton__pb2.PullBlocks.SerializeToString,
             baton__pb2.PullDown.FromString,
             options,
             channel_credentials,
