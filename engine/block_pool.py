@@ -177,6 +177,11 @@ class BlockPool:
         assert self._state[block] is BlockState.FILLED
         self._kept[block] = 1
 
+    def unkeep(self, block: int) -> None:
+        """The prefix cache can find it no more: without owners it is freed. It has owners now."""
+        assert self._state[block] is BlockState.FILLED
+        self._kept[block] = 0
+
     def check(self) -> None:
         """Assert conservation (T8), ownership (T1) and the eviction order against a full recount."""
         for state in BlockState:

@@ -16,7 +16,7 @@ Decode worker, remote prefill:
 Prefill worker:
     start_prefill(request, num_blocks_held, due)   -> PrefillStarting, BlocksFilled*, PrefillDone
     grant_credit(key, num_blocks)                  chunks run only while credit covers the blocks they complete
-    release_transfer(key, ok)                      the transfer lets go -> RequestEnded
+    release_transfer(key, ok, is_suspect)          the transfer lets go -> RequestEnded
 
 Before any of these, on any thread: hashed(request) -> the request with its prompt hashed, so that a long one does not
 stall the step in which it comes.
@@ -201,11 +201,15 @@ class Engine:
         if group is not None:
             group.credit += num_blocks
 
-    def release_transfer(self, key: int, ok: bool) -> None:
+    def release_transfer(self, key: int, ok: bool, is_suspect: bool = False) -> None:
         """The transfer lets go of every block of `key`. Not ok, or before PrefillDone, that also ends it (CANCELLED).
 
+        Suspect: the peer read other bytes than were announced, so these blocks leave the prefix cache.
         On a decode worker: only for requests that ended while filling; live ones are committed or aborted.
         """
+        if is_suspect:
+            for block in self._scheduler.pinned.get(key, ()):
+                self._memory.cache.drop(block)
         group = self._groups.get(key)
         if group is not None:
             group.expect("release_transfer", Phase.PREFILL_QUEUED, Phase.PREFILLING, Phase.HANDING_OVER)

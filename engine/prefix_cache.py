@@ -78,6 +78,12 @@ class PrefixCache:
         self._links[block] = link
         self._pool.keep(block)
 
+    def drop(self, block: int) -> None:
+        """Never serve an owned block's content again, if it is known here: nobody can trust it."""
+        if self._links[block] is not None:
+            self._forget(block)
+            self._pool.unkeep(block)
+
     def check(self) -> None:
         """Assert that both directions agree and that every entry is kept by the pool."""
         for digest, block in self._blocks.items():

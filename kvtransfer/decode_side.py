@@ -547,7 +547,9 @@ class DecodeSide:
         transfer.failure = failure
         actions: list[Action] = []
         if tell_peer:
-            release = pb.ReleaseTicket(ticket=transfer.ticket, transfer_id=transfer.transfer_id, ok=False)
+            release = pb.ReleaseTicket(
+                ticket=transfer.ticket, transfer_id=transfer.transfer_id, ok=False, suspect=failure.kind.is_wrong_bytes
+            )
             actions.append(Send(pb.PrefillUp(release=release)))
         if transfer.is_pulling:
             self._enter(transfer, _S.STOPPING, transfer.state_deadline)

@@ -43,6 +43,11 @@ class FailureKind(Enum):
     CANCELLED = "cancelled"
 
     @property
+    def is_wrong_bytes(self) -> bool:
+        """What arrived was not what was announced (T2)."""
+        return self in (FailureKind.CORRUPT, FailureKind.TRUNCATED, FailureKind.STALE)
+
+    @property
     def is_retryable(self) -> bool:
         """Whether another prefill worker might do better with the same prompt."""
         return self not in (FailureKind.INVALID, FailureKind.DEADLINE, FailureKind.CANCELLED)

@@ -36,6 +36,7 @@ class FakePrefillBackend:
     ) -> None:
         self.free = list(range(num_blocks))
         self.released: list[tuple[int, bool]] = []
+        self.suspects: list[int] = []
         self.is_paused = False
         self.deliver: Callable[[Sequence[BackendEvent]], None] = lambda events: None
         self._block_size = block_size
@@ -57,8 +58,10 @@ class FakePrefillBackend:
         if not self.is_paused:
             self._run(key, prompt)
 
-    def release(self, key: int, ok: bool) -> None:
+    def release(self, key: int, ok: bool, is_suspect: bool) -> None:
         self.released.append((key, ok))
+        if is_suspect:
+            self.suspects.append(key)
         self.free += [block.block_id for block in self._prompts.pop(key).blocks]
 
     def load(self) -> pb.WorkerLoad:

@@ -62,7 +62,6 @@ MAX_CORRUPT = 3
 QUARANTINE_S = 60.0
 
 _SERVICE = "/baton.v1.PrefillWorker"
-_WRONG_BYTES = (FailureKind.CORRUPT, FailureKind.STALE, FailureKind.TRUNCATED)
 
 ReserveBlocks = Callable[[], Awaitable[Sequence[memoryview]]]
 """Gives the destinations of all ordered blocks, in order. May wait for admission; cancelled when the transfer ends."""
@@ -150,7 +149,7 @@ class PrefillClient:
         try:
             fetched = await session.fetch(order, reserve)
         except TransferFailed as failed:
-            self._note_corrupt(failed.failure.kind in _WRONG_BYTES)
+            self._note_corrupt(failed.failure.kind.is_wrong_bytes)
             raise
         self._note_corrupt(False)
         return fetched

@@ -113,9 +113,10 @@ class PrefillBackend(Protocol):
         """The engine may fill so many blocks more. Publishing is bounded by credit here in any case."""
         ...
 
-    def release(self, key: int, ok: bool) -> None:
+    def release(self, key: int, ok: bool, is_suspect: bool) -> None:
         """The transfer lets go of every block of `key`, or wants it no more: exactly once per start_prefill, whatever
-        happened before, and no read of its blocks is under way. Stops the prompt if it still runs."""
+        happened before, and no read of its blocks is under way. Stops the prompt if it still runs. Suspect blocks are
+        not what their digests say: they serve no other prompt."""
         ...
 
     def load(self) -> pb.WorkerLoad:
@@ -303,7 +304,7 @@ class PrefillServer:
                     self._backend.grant_credit(action.key, action.num_blocks)
                 case ReleaseBackend():
                     del self._by_key[action.key]
-                    self._backend.release(action.key, action.ok)
+                    self._backend.release(action.key, action.ok, action.is_suspect)
                 case _:
                     assert_never(action)
 

@@ -106,6 +106,7 @@ class GrantBackend:
 class ReleaseBackend:
     key: int
     ok: bool
+    is_suspect: bool = False  # D read other bytes than were announced
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,7 +411,9 @@ class PrefillSide:
         known = self._by_ticket.get(release.ticket) if release.ticket else self._by_transfer.get(release.transfer_id)
         if known is None:
             return self._ignore("unknown_ticket" if release.ticket else "unknown_transfer")
-        return self._close(known, ok=release.ok and known.state is _S.DRAINING)
+        if release.ok:
+            return self._close(known, ok=known.state is _S.DRAINING)
+        return self._close(known, ok=False, is_suspect=release.suspect)
 
     # ------------------------------------------------------------ parts
 
@@ -463,11 +466,11 @@ class PrefillSide:
         )
         return [SendDown(pb.PrefillDown(failed=failed)), *self._close(ticket, ok=False)]
 
-    def _close(self, ticket: _Ticket, ok: bool) -> list[PrefillAction]:
+    def _close(self, ticket: _Ticket, ok: bool, is_suspect: bool = False) -> list[PrefillAction]:
         ticket.state = self._checked(ticket, _S.CLOSED)
         del self._by_ticket[ticket.ticket], self._by_key[ticket.key], self._by_transfer[ticket.transfer_id]
         self._held.num_tokens -= sum(block.num_tokens for block in ticket.published)
-        return [CloseTicket(ticket.ticket), ReleaseBackend(ticket.key, ok)]
+        return [CloseTicket(ticket.ticket), ReleaseBackend(ticket.key, ok, is_suspect)]
 
     def _enter(self, ticket: _Ticket, state: TicketState, now: float) -> None:
         ticket.state = self._checked(ticket, state)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
-import grpc.experimental
 
 _grpc: Any = grpc
 _aio: Any = grpc.aio
@@ -45,9 +44,9 @@ stream, and with it every other request of that gateway. The gateway sends as mu
 
 DATA_OPTIONS: tuple[tuple[str, int], ...] = (
     *CONTROL_OPTIONS,
-    # The pulling thread reads its call itself: without it, a thread of gRPC's hands it each message, for a fifth more
+    # grpc.experimental.ChannelOptions. The pulling thread reads its call itself: without it, a thread of gRPC's hands it each message, for a fifth more
     # of D's processor time and of the time in all (docs/log.md, "gRPC: one call per batch").
-    (_grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
+    ("SingleThreadedUnaryStream", 1),
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 64 << 20),  # the window holds all the credit
     ("grpc.http2.max_frame_size", 1 << 20),

@@ -78,9 +78,11 @@ class EngineBackend:
     def grant_credit(self, key: int, num_blocks: int) -> None:
         self._engine.post(key, lambda engine: engine.grant_credit(key, num_blocks))
 
-    def release(self, key: int, ok: bool) -> None:
+    def release(self, key: int, ok: bool, is_suspect: bool) -> None:
+        if is_suspect:
+            log.error("a decode worker read other bytes than were announced: these blocks are forgotten")
         self._live.discard(key)
-        self._engine.post(key, lambda engine: engine.release_transfer(key, ok))
+        self._engine.post(key, lambda engine: engine.release_transfer(key, ok, is_suspect))
 
     def load(self) -> pb.WorkerLoad:
         return worker_load(self._engine.load)

@@ -213,6 +213,7 @@ async def test_damaged_hand_overs_never_commit_and_the_next_one_does(
         await idle(worker)
     assert [bytes(b) for b in decode.blocks] == [expected_block(order(20).token_ids, i) for i in range(5)]
     assert [ok for _, ok in worker.backend.released] == [False, True]
+    assert worker.backend.suspects == ([1] if kind.is_wrong_bytes else [])
 
 
 async def test_three_corrupt_hand_overs_in_a_row_quarantine_the_pair(worker: PrefillWorker) -> None:

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.errors import RequestUnknown
 from engine.group import Phase
-from engine.messages import EndReason, EngineRequest, RemotePromised, RemoteReserved, TokenEvent
+from engine.messages import EndReason, EngineRequest, PrefillStarting, RemotePromised, RemoteReserved, TokenEvent
 from engine.request import SampledToken, SamplingParams
 from tests.unit.engine_world import Client, World
 
@@ -292,6 +292,21 @@ def test_a_deadline_while_handing_over_ends_the_prompt_and_pins_its_blocks():
     assert engine.step().events == []
     assert engine.load().num_blocks_free == engine.config.num_blocks
     engine.check()
+
+
+@pytest.mark.parametrize(("is_suspect", "num_cached"), [(False, 8), (True, 0)])
+def test_blocks_that_a_peer_found_damaged_leave_the_prefix_cache(is_suspect: bool, num_cached: int):
+    world = World()
+    engine = world.prefill
+    for key in (1, 2):
+        engine.start_prefill(EngineRequest(key, "p", tuple(prompt_of(10)), SAMPLING), 0, due=1.0)
+        engine.grant_credit(key, 3)
+        events = [event for _ in range(4) for event in engine.step().events]
+        (starting,) = [event for event in events if isinstance(event, PrefillStarting)]
+        assert starting.num_cached_tokens == (0 if key == 1 else num_cached)
+        engine.release_transfer(key, ok=False, is_suspect=is_suspect)
+        engine.step()
+        engine.check()
 
 
 def test_kv_only_prefill_draws_nothing():

@@ -195,6 +195,14 @@ def test_a_release_that_claims_success_too_early_is_none() -> None:
     assert side.handle(release(ok=True), 0.0)[-1] == ReleaseBackend(100, ok=False)
 
 
+def test_what_d_found_damaged_is_suspect_unless_it_claims_success_too() -> None:
+    for ok in (False, True):
+        side = make()
+        draining(side)
+        message = pb.PrefillUp(release=pb.ReleaseTicket(ticket=TICKET, ok=ok, suspect=True))
+        assert side.handle(message, 0.0)[-1] == ReleaseBackend(100, ok=ok, is_suspect=not ok)
+
+
 def test_a_release_by_transfer_id_ends_what_has_no_known_ticket() -> None:
     side = make()
     side.handle(start(), 0.0)
