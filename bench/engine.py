@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ class Ours:
                 sampling=SamplingParams(temperature=0, max_tokens=room),
                 token_ids=generator.integers(3, self._vocab, length).tolist(),
                 num_prompt_tokens=length,
-                block_table=list(range(i * blocks, (i + 1) * blocks)),
+                block_table=array("i", range(i * blocks, (i + 1) * blocks)),
             )
             for i in range(count)
         ]

@@ -66,29 +66,27 @@ class Forecast:
         fixed_tables.append(fixed_table)
         distinct = set[int]().union(*fixed_tables)
         fixed_blocks += num_fixed - (sum(map(len, fixed_tables)) - len(distinct))
-        running, tables = list(joining), list(tables)
+        running, held = list(joining), list[AnySequence[int]](tables)
         for each in self._holders.decoding.values():
             running.append(each)
-            tables.append(each.block_table)
+            held.append(each.block_table)
         for leader in self._holders.prefilling.values():
             prompt = leader.block_table[: leader.num_prompt_tokens // self._memory.block_size]
             running += [leader, *leader.forks]
-            tables += [leader.block_table, *[prompt] * len(leader.forks)]
+            held += [leader.block_table, *[prompt] * len(leader.forks)]
         if not running:
             return fixed_blocks
         num_tokens = np.array([len(each.token_ids) for each in running], dtype=np.int64)
-        is_shared = (
-            bool(joining or distinct) or self._memory.pool.num_shared > 0 or len(set(map(id, tables))) < len(tables)
-        )
-        shared_tables = tables if is_shared else None
+        is_shared = bool(joining or distinct) or self._memory.pool.num_shared > 0 or len(set(map(id, held))) < len(held)
+        shared_tables = held if is_shared else None
         lives = self._lives(running)
         return future_peak(num_tokens, lives, shared_tables, self._memory.block_size, fixed_blocks, [list(distinct)])
 
-    def _fixed(self) -> tuple[list[list[int]], int]:
+    def _fixed(self) -> tuple[list[AnySequence[int]], int]:
         """Tables of those who are counted at their final size throughout, and that size, shared blocks repeated."""
-        tables = [group.leader.block_table for group in self._holders.remote.values()]
+        tables: list[AnySequence[int]] = [group.leader.block_table for group in self._holders.remote.values()]
         num_blocks = sum(group.fixed_blocks for group in self._holders.remote.values())
-        whole = [group.leader.block_table for group in self._holders.transfers.values()]
+        whole: list[AnySequence[int]] = [group.leader.block_table for group in self._holders.transfers.values()]
         whole += self._holders.pinned.values()
         return tables + whole, num_blocks + sum(map(len, whole))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum
+
+from engine.token_counts import TokenCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +43,19 @@ class FinishReason(Enum):
     LENGTH = 2
 
 
+def empty_table() -> array[int]:
+    """A block table without blocks."""
+    return array("i")
+
+
 @dataclass(slots=True)
 class Sequence:
     """One choice of a request: its tokens and where their KV lies.
 
     Only the engine's scheduler assigns to its fields. `token_ids` is prompt and output together; the KV of the first
     `num_computed_tokens` lies in the slots that `block_table` names. Position p is in slot `p % block_size` of block
-    `block_table[p // block_size]`.
+    `block_table[p // block_size]`, an array of int32, so that packing a step copies memory instead of looking at every
+    block of every sequence. `counts` are kept by who draws with penalties.
     """
 
     sequence_id: int
@@ -55,8 +64,9 @@ class Sequence:
     sampling: SamplingParams
     token_ids: list[int]
     num_prompt_tokens: int
-    block_table: list[int] = field(default_factory=list[int])
+    block_table: array[int] = field(default_factory=empty_table)
     num_computed_tokens: int = 0
+    counts: TokenCounts = field(default_factory=TokenCounts, repr=False)
 
     @property
     def num_tokens(self) -> int:

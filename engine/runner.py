@@ -29,6 +29,7 @@ from engine.models.rope import RopeTable
 from engine.models.torch_ops import TorchDecoder, TorchStore
 from engine.models.weights import SourceTensor, load_decoder_weights
 from engine.request import SampledToken, Sequence
+from engine.token_counts import TokenCounts
 from modelfiles.config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -162,13 +163,11 @@ def pack_step(batch: Batch, rope: RopeTable, vocab_size: int) -> StepArrays:
     """Lay the chunks one after another, without padding."""
     chunks = batch.chunks
     tokens: list[int] = []
-    tables: list[int] = []
-    starts, offsets, sampled = [0], [], []
+    tables = [np.asarray(chunk.sequence.block_table, np.int32) for chunk in chunks]
+    starts, sampled = [0], []
     for chunk in chunks:
         end = chunk.start + chunk.num_tokens
         tokens += chunk.sequence.token_ids[chunk.start : end]
-        offsets.append(len(tables))
-        tables += chunk.sequence.block_table
         starts.append(len(tokens))
         if chunk.samplers:
             sampled.append(len(tokens) - 1)
@@ -180,8 +179,8 @@ def pack_step(batch: Batch, rope: RopeTable, vocab_size: int) -> StepArrays:
         token_ids=token_ids,
         query_starts=np.array(starts, np.int32),
         positions=np.array([chunk.start for chunk in chunks], np.int32),
-        table_offsets=np.array(offsets, np.int64),
-        block_tables=np.array(tables, np.int32),
+        table_offsets=np.cumsum([0, *map(len, tables[:-1])], dtype=np.int64),
+        block_tables=np.concatenate(tables),
         sampled_rows=np.array(sampled, np.int32),
         rope_cos=rope.cos,
         rope_sin=rope.sin,
@@ -231,10 +230,14 @@ def _sample_row(logits_row: int, sampler: Sequence, chunk: Chunk, config: ModelC
         frequency=params.frequency_penalty,
         presence=params.presence_penalty,
         num_logprobs=params.num_logprobs,
-        num_prompt=sampler.num_prompt_tokens,
-        history=sampler.token_ids[:position] if params.has_penalties else (),
+        seen=_seen(sampler, position) if params.has_penalties else None,
         banned=banned,
     )
+
+
+def _seen(sampler: Sequence, position: int) -> TokenCounts:
+    assert position == len(sampler.token_ids), "drawn for another position than the one behind all known tokens"
+    return sampler.counts.advance(sampler.token_ids, sampler.num_prompt_tokens)
 
 
 def _sampled_token(draws: Draws, i: int, sampler: Sequence) -> SampledToken:

@@ -21,6 +21,7 @@ from engine.group import Group, Phase, ScheduledSequence
 from engine.messages import EngineCounters
 from engine.policy import make_policy
 from engine.queues import PromptQueue, WaitingQueue
+from engine.request import empty_table
 from engine.sequence_memory import SequenceMemory
 
 # Steps until a refused request is looked at again when nobody ended meanwhile: estimates drift, memory does not grow
@@ -123,7 +124,7 @@ class Scheduler:
         heir.forks, leader.forks = rest, []
         for name in ("block_table", "num_computed_tokens", "num_filled_blocks", "num_slots", "links"):
             setattr(heir, name, getattr(leader, name))
-        leader.block_table = []
+        leader.block_table = empty_table()
         if self.prefilling.pop(leader.sequence_id, None) is not None:
             self.prefilling[heir.sequence_id] = heir
         if leader in self._waiting:
@@ -282,7 +283,7 @@ class Scheduler:
         return True
 
     def _pin(self, group: Group) -> None:
-        self.pinned[group.key] = group.leader.block_table[group.num_held_blocks :]
+        self.pinned[group.key] = group.leader.block_table[group.num_held_blocks :].tolist()
         self._pool.pin(self.pinned[group.key])
 
     def unpin(self, key: int) -> None:

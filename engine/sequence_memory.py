@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as AnySequence
@@ -9,6 +10,7 @@ from collections.abc import Sequence as AnySequence
 from engine.block_pool import BlockPool
 from engine.group import ScheduledSequence
 from engine.prefix_cache import Link, PrefixCache
+from engine.request import empty_table
 
 
 class SequenceMemory:
@@ -48,7 +50,7 @@ class SequenceMemory:
         """Start the empty block table with cached blocks."""
         assert not sequence.block_table
         self.pool.share(matched)
-        sequence.block_table = list(matched)
+        sequence.block_table = array("i", matched)
         sequence.num_filled_blocks = len(matched)
         sequence.num_slots = sequence.num_computed_tokens = len(matched) * self.block_size
 
@@ -70,7 +72,7 @@ class SequenceMemory:
             sequence.is_tail_shared = False
         missing = self.blocks_for(end) - len(table)
         if missing > 0:
-            table += self.pool.allocate(missing, after=table[-1] if table else -1)
+            table.extend(self.pool.allocate(missing, after=table[-1] if table else -1))
             sequence.num_slots = len(table) * self.block_size
         return copy
 
@@ -103,7 +105,7 @@ class SequenceMemory:
     def drop(self, sequence: ScheduledSequence) -> None:
         """Take back every block; what is complete stays cached until evicted."""
         self.pool.release(sequence.block_table)
-        sequence.block_table = []
+        sequence.block_table = empty_table()
         sequence.num_slots = sequence.num_computed_tokens = sequence.num_filled_blocks = 0
         sequence.is_tail_shared = False
 

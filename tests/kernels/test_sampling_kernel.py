@@ -11,6 +11,12 @@ import torch
 from engine.kernels.native.library import NativeContext
 from engine.kernels.sampling import launch, reference
 from engine.kernels.sampling.rows import SampleRow
+from engine.token_counts import TokenCounts
+
+
+def seen(*token_ids: int, num_prompt: int) -> TokenCounts:
+    return TokenCounts().advance(token_ids, num_prompt)
+
 
 ROW = SampleRow(logits_row=0, seed=1, choice=0, position=10)
 HISTORY = (5, 5, 9, 0, 9, 5, 31, 30)
@@ -26,11 +32,11 @@ VARIANTS = {
     "tiny-top-p": replace(ROW, top_p=1e-9),
     "top-p-hot": replace(ROW, top_p=0.99, temperature=3.0),
     "both": replace(ROW, top_k=20, top_p=0.5),
-    "repetition": replace(ROW, repetition=1.7, history=HISTORY, num_prompt=3),
-    "frequency": replace(ROW, frequency=1.2, history=HISTORY, num_prompt=3, temperature=0),
-    "presence": replace(ROW, presence=1.5, history=HISTORY, num_prompt=3, top_k=5),
+    "repetition": replace(ROW, repetition=1.7, seen=seen(*HISTORY, num_prompt=3)),
+    "frequency": replace(ROW, frequency=1.2, seen=seen(*HISTORY, num_prompt=3), temperature=0),
+    "presence": replace(ROW, presence=1.5, seen=seen(*HISTORY, num_prompt=3), top_k=5),
     "all": replace(
-        ROW, repetition=1.1, frequency=0.3, presence=-0.4, history=HISTORY, num_prompt=0, top_p=0.9, top_k=9
+        ROW, repetition=1.1, frequency=0.3, presence=-0.4, seen=seen(*HISTORY, num_prompt=0), top_p=0.9, top_k=9
     ),
     "banned": replace(ROW, banned=(0, 1, 2, 3), top_k=30),
 }
@@ -87,7 +93,7 @@ def test_draws_follow_the_distribution(context: NativeContext) -> None:
 
 def test_a_draw_does_not_depend_on_its_neighbours(context: NativeContext) -> None:
     logits = torch.randn(4, 777)
-    rows = [replace(row, logits_row=i % 4, seed=i) for i, row in enumerate(VARIANTS.values()) if not row.has_penalties]
+    rows = [replace(row, logits_row=i % 4, seed=i) for i, row in enumerate(VARIANTS.values()) if row.seen is None]
     together = launch.sample(context, logits, rows).tokens.tolist()
     alone = [int(launch.sample(context, logits, [row]).tokens[0]) for row in rows]
     assert together == alone
@@ -95,4 +101,4 @@ def test_a_draw_does_not_depend_on_its_neighbours(context: NativeContext) -> Non
 
 def test_a_history_outside_the_vocabulary_is_refused(context: NativeContext) -> None:
     with pytest.raises(ValueError, match="outside"):
-        launch.sample(context, torch.zeros(1, 8), [replace(ROW, presence=1.0, history=(8,))])
+        launch.sample(context, torch.zeros(1, 8), [replace(ROW, presence=1.0, seen=seen(8, num_prompt=1))])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 
 from engine.batch import Batch, Chunk
@@ -10,7 +12,7 @@ from engine.request import SamplingParams, Sequence
 
 
 def sequence(token_ids: list[int], table: list[int], computed: int = 0, choice: int = 0) -> Sequence:
-    return Sequence(choice, 1, choice, SamplingParams(seed=4), token_ids, len(token_ids), table, computed)
+    return Sequence(choice, 1, choice, SamplingParams(seed=4), token_ids, len(token_ids), array("i", table), computed)
 
 
 def run(runner: FakeRunner, each: Sequence, end: int, copies: tuple[tuple[int, int], ...] = ()) -> list[int]:

@@ -5,6 +5,7 @@ This is deterministic mode's promise, and it holds always: the kernels know no o
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class Rig:
     def sequence(self, length: int = LENGTH, key: int = 0, sampling: SamplingParams | None = None) -> Sequence:
         generator = torch.Generator().manual_seed(length + 1000 * key)
         ids = torch.randint(3, self.config.vocab_size, (length,), generator=generator).tolist()
-        table = list(range(key * self.blocks, (key + 1) * self.blocks))
+        table = array("i", range(key * self.blocks, (key + 1) * self.blocks))
         return Sequence(key, key, 0, sampling or SamplingParams(temperature=0), ids, length, block_table=table)
 
     def prefill(self, sequence: Sequence, ends: list[int], neighbour: Sequence | None = None) -> Tensor:
@@ -180,7 +181,7 @@ def test_block_copies_happen_before_the_step(tiny_llama: Path) -> None:
     rig = Rig(tiny_llama)
     sequence = rig.sequence(12)
     want = rig.prefill(sequence, [12])
-    fork = replace(sequence, block_table=[sequence.block_table[0], 200])
+    fork = replace(sequence, block_table=array("i", [sequence.block_table[0], 200]))
     rig.runner.execute(Batch(((sequence.block_table[1], 200),), (Chunk(fork, 11, 1, (fork,)),)))
     assert torch.equal(rig.runner.logits(Batch((), (Chunk(fork, 11, 1, (fork,)),)))[0], want)
 

@@ -7,6 +7,7 @@ Qwen2 1.0e-5, Qwen3 0.7e-5; rope scalings 1.0e-5; bfloat16 weights 1.5e-5), 4.1e
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Pair:
         """A random prompt whose blocks lie in no order."""
         generator = torch.Generator().manual_seed(length + 1000 * key)
         ids = torch.randint(3, self.vocab, (length,), generator=generator).tolist()
-        table = [key * blocks + i for i in torch.randperm(blocks, generator=generator).tolist()]
+        table = array("i", [key * blocks + i for i in torch.randperm(blocks, generator=generator).tolist()])
         greedy = SamplingParams(temperature=0, max_tokens=64)
         return Sequence(key, key, 0, greedy, ids, length, block_table=table)
 

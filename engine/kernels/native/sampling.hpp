@@ -14,7 +14,7 @@ namespace baton {
 
 struct SampleRow {  // mirrors sampling/launch.py
   uint64_t seed;
-  int64_t history;         // offset of the row's prompt and output ids
+  int64_t seen;            // offset of the row's distinct prompt and output ids
   int64_t banned;          // offset of ids that may not be drawn
   double temperature;
   double top_p;
@@ -24,9 +24,9 @@ struct SampleRow {  // mirrors sampling/launch.py
   int32_t position;
   int32_t top_k;
   int32_t num_logprobs;    // -1: none
-  int32_t num_prompt;
-  int32_t num_history;     // prompt and output
+  int32_t num_seen;        // 0 without penalties
   int32_t num_banned;
+  int32_t unused;
 };
 
 struct Sampling {
@@ -35,7 +35,8 @@ struct Sampling {
   int64_t vocab;
   const SampleRow* rows;
   int64_t num_rows;
-  const int32_t* history;
+  const int32_t* seen_ids;
+  const int32_t* seen_counts;  // how often each was output
   const int32_t* banned;
   int32_t* tokens;         // [num_rows]
   float* logprobs;         // [num_rows]
@@ -133,18 +134,13 @@ class RowSampler {
   }
 
   void penalise(const Sampling& op, const SampleRow& row) {
-    counts_.resize(size_t(op.vocab), 0);
-    const int32_t* history = op.history + row.history;
-    for (int32_t i = row.num_prompt; i < row.num_history; ++i) ++counts_[size_t(history[i])];
-    for (int32_t i = 0; i < row.num_history; ++i) {
-      int32_t count = counts_[size_t(history[i])];
-      if (count < 0) continue;  // already done
-      float& logit = copy_[size_t(history[i])];
+    const int32_t *ids = op.seen_ids + row.seen, *counts = op.seen_counts + row.seen;
+    for (int32_t i = 0; i < row.num_seen; ++i) {
+      const int32_t count = counts[i];
+      float& logit = copy_[size_t(ids[i])];
       if (row.repetition != 1.0) logit = logit > 0 ? float(logit / row.repetition) : float(logit * row.repetition);
       logit = float(logit - row.frequency * count - (count > 0 ? row.presence : 0.0));
-      counts_[size_t(history[i])] = -1;
     }
-    for (int32_t i = 0; i < row.num_history; ++i) counts_[size_t(history[i])] = 0;
   }
 
   int32_t draw(const SampleRow& row, const float* logits, int64_t n) {
@@ -241,7 +237,7 @@ class RowSampler {
 
   std::vector<float> copy_, weights_, maxima_;
   std::vector<double> blocks_;
-  std::vector<int32_t> counts_, candidates_;
+  std::vector<int32_t> candidates_;
 };
 
 }  // namespace baton

@@ -12,7 +12,7 @@ from engine.kernels.sampling.rows import Draws, SampleRow, empty_draws
 _ROW = np.dtype(
     [
         ("seed", np.uint64),
-        ("history", np.int64),
+        ("seen", np.int64),
         ("banned", np.int64),
         ("temperature", np.float64),
         ("top_p", np.float64),
@@ -24,11 +24,13 @@ _ROW = np.dtype(
         ("position", np.int32),
         ("top_k", np.int32),
         ("num_logprobs", np.int32),
-        ("num_prompt", np.int32),
-        ("num_history", np.int32),
+        ("num_seen", np.int32),
         ("num_banned", np.int32),
+        ("unused", np.int32),  # the C++ row is a multiple of 8 bytes
     ]
 )
+
+_NONE = np.empty(0, np.int32)
 
 
 def sample(context: NativeContext, logits: Tensor, rows: list[SampleRow]) -> Draws:
@@ -36,22 +38,25 @@ def sample(context: NativeContext, logits: Tensor, rows: list[SampleRow]) -> Dra
     if logits.dtype != torch.float32 or logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits are {tuple(logits.shape)} {logits.dtype}, expected [n, vocab] float32")
     draws = empty_draws(rows)
-    history: list[int] = []
+    seen_ids, seen_counts, num_seen = [_NONE], [_NONE], 0
     banned: list[int] = []
     packed = np.zeros(len(rows), _ROW)
     for i, row in enumerate(rows):
         assert 0 <= row.logits_row < logits.shape[0]
-        seen = row.history if row.has_penalties else ()
+        num_own = len(row.seen.ids) if row.seen else 0
         packed[i] = (
-            *(row.seed & 0xFFFFFFFFFFFFFFFF, len(history), len(banned), row.temperature, row.top_p),
+            *(row.seed & 0xFFFFFFFFFFFFFFFF, num_seen, len(banned), row.temperature, row.top_p),
             *(row.repetition, row.frequency, row.presence, row.logits_row, row.choice, row.position, row.top_k),
-            *(min(row.num_logprobs, logits.shape[1]), row.num_prompt, len(seen), len(row.banned)),
+            *(min(row.num_logprobs, logits.shape[1]), num_own, len(row.banned), 0),
         )
-        history.extend(seen)
+        if row.seen:
+            seen_ids.append(np.asarray(row.seen.ids))
+            seen_counts.append(np.asarray(row.seen.num_output))
+            num_seen += num_own
         banned.extend(row.banned)
-    history_ids, banned_ids = np.array(history, np.int32), np.array(banned, np.int32)
-    if len(history) and not 0 <= history_ids.min() <= history_ids.max() < logits.shape[1]:
-        raise ValueError(f"a history holds token ids outside [0, {logits.shape[1]})")
+    all_ids, all_counts, banned_ids = np.concatenate(seen_ids), np.concatenate(seen_counts), np.array(banned, np.int32)
+    if num_seen and not 0 <= all_ids.min() <= all_ids.max() < logits.shape[1]:
+        raise ValueError(f"a sequence holds token ids outside [0, {logits.shape[1]})")
     context.sample(
         NativeSampling(
             logits=logits.data_ptr(),
@@ -59,7 +64,8 @@ def sample(context: NativeContext, logits: Tensor, rows: list[SampleRow]) -> Dra
             vocab=logits.shape[1],
             rows=packed.ctypes.data,
             num_rows=len(rows),
-            history=history_ids.ctypes.data,
+            seen_ids=all_ids.ctypes.data,
+            seen_counts=all_counts.ctypes.data,
             banned=banned_ids.ctypes.data,
             tokens=draws.tokens.ctypes.data,
             logprobs=draws.logprobs.ctypes.data,

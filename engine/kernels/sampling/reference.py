@@ -72,10 +72,9 @@ def draw(logits: np.ndarray, row: SampleRow) -> int:
 def _edited(raw: np.ndarray, row: SampleRow) -> np.ndarray:
     logits = raw.astype(np.float32, copy=True)
     logits[list(row.banned)] = -np.inf
-    if not row.has_penalties:
+    if row.seen is None:
         return logits
-    ids = np.unique(np.asarray(row.history, np.int64))
-    counts = np.bincount(np.asarray(row.history[row.num_prompt :], np.int64), minlength=len(logits))[ids]
+    ids, counts = np.asarray(row.seen.ids), np.asarray(row.seen.num_output)
     seen = logits[ids].astype(np.float64)
     if row.repetition != 1.0:
         seen = np.where(seen > 0, seen / row.repetition, seen * row.repetition).astype(np.float32)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.token_counts import TokenCounts
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """Parameters of one draw. `history`: prompt and output ids, needed only with penalties; `banned`: ids that may not
-    be drawn (min_tokens). The draw is keyed by (seed, choice, position).
+    """Parameters of one draw. `seen`: the tokens of prompt and output, needed only with penalties; `banned`: ids that
+    may not be drawn (min_tokens). The draw is keyed by (seed, choice, position).
     """
 
     logits_row: int
@@ -24,13 +26,8 @@ class SampleRow:
     frequency: float = 0.0
     presence: float = 0.0
     num_logprobs: int = -1
-    num_prompt: int = 0
-    history: tuple[int, ...] | list[int] = ()
+    seen: TokenCounts | None = None
     banned: tuple[int, ...] = ()
-
-    @property
-    def has_penalties(self) -> bool:
-        return self.repetition != 1.0 or self.frequency != 0.0 or self.presence != 0.0
 
 
 @dataclass(frozen=True, slots=True)
