@@ -9,6 +9,7 @@ it. Digests are taken on a third thread that handles events in the order in whic
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 from collections import Counter
@@ -147,6 +148,7 @@ class PrefillServer:
         assert worker.boot_id == source.boot_id
         assert worker.block_bytes == source.block_bytes
         self.ignored: Counter[str] = Counter()
+        self.num_event_failures = 0
         self._worker = worker
         self._backend = backend
         self._source = source
@@ -271,18 +273,36 @@ class PrefillServer:
 
     def _digest_and_apply(self, events: Sequence[BackendEvent]) -> None:
         """On the digest thread."""
-        try:
-            for event in in_groups(events):
-                self._loop.call_soon_threadsafe(self._apply, event, self._digests.ready(event))
-        except RuntimeError:
-            log.debug("engine events after the loop was closed")
+        for event in in_groups(events):
+            try:
+                told = functools.partial(self._apply, event, self._digests.ready(event))
+            except Exception as error:  # nobody looks at this thread's results: the prompt's end is told on the loop
+                told = functools.partial(self._fail_event, event, error)
+            try:
+                self._loop.call_soon_threadsafe(told)
+            except RuntimeError:
+                log.debug("engine events after the loop was closed")
 
     def _apply(self, event: BackendEvent, blocks: list[ReadyBlock]) -> None:
         session = self._by_key.get(event.key)
         if session is None:
             self.ignored["late_engine_event"] += 1
             return
-        self._perform(session, _tell(session.side, event, blocks, self._loop.time()))
+        try:
+            self._perform(session, _tell(session.side, event, blocks, self._loop.time()))
+        except Exception as error:  # the loop would only log it, and D would wait for blocks until its own deadline
+            self._fail_event(event, error)
+
+    def _fail_event(self, event: BackendEvent, error: Exception) -> None:
+        """A bug in handling an event is its prompt's end, and no other's. Later events for it come too late."""
+        session = self._by_key.get(event.key)
+        if session is None:
+            self.ignored["late_engine_event"] += 1
+            return
+        log.error("%s could not be handled", type(event).__name__, exc_info=error)
+        self.num_event_failures += 1
+        message = f"{type(event).__name__} could not be handled"
+        self._perform(session, session.side.prefill_failed(event.key, pb.PREFILL_FAILURE_INTERNAL, message))
 
     # ------------------------------------------------------------ actions
 

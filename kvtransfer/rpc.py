@@ -44,8 +44,8 @@ stream, and with it every other request of that gateway. The gateway sends as mu
 
 DATA_OPTIONS: tuple[tuple[str, int], ...] = (
     *CONTROL_OPTIONS,
-    # grpc.experimental.ChannelOptions. The pulling thread reads its call itself: without it, a thread of gRPC's hands it each message, for a fifth more
-    # of D's processor time and of the time in all (docs/log.md, "gRPC: one call per batch").
+    # grpc.experimental.ChannelOptions. The pulling thread reads its call itself: without it, a thread of gRPC's hands
+    # it each message, for a fifth more of D's processor time (docs/log.md, "gRPC: one call per batch").
     ("SingleThreadedUnaryStream", 1),
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 64 << 20),  # the window holds all the credit

@@ -60,7 +60,7 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
 
     def refresh_metrics() -> None:
         engine_metrics.update(engine.load, engine.counters)
-        metrics.update(engine.load, server.num_tickets, server.ignored)
+        metrics.update(engine.load, server.num_tickets, server.num_event_failures, server.ignored)
 
     engine.start(backend.on_step, on_crash)
     process.refresh_metrics = refresh_metrics

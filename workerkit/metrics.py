@@ -153,9 +153,15 @@ class PrefillQueueMetrics:
         self._queue = metrics.gauge("baton_prefill_queue_requests", "Prompts queued at this prefill worker.")
         self._held = metrics.gauge("baton_prefill_held_requests", "Tickets whose KV is pinned for a decode worker.")
         self._held_tokens = metrics.gauge("baton_prefill_held_tokens", "Published tokens not yet released.")
+        self._event_failures = metrics.counter(
+            "baton_prefill_event_failures", "Engine events whose handling failed, and their prompts with it: bugs."
+        )
+        self._num_event_failures = 0
         self._ignored = IgnoredMessages(metrics)
 
-    def update(self, load: LoadFacts, num_tickets: int, ignored: Mapping[str, int]) -> None:
+    def update(self, load: LoadFacts, num_tickets: int, num_event_failures: int, ignored: Mapping[str, int]) -> None:
+        self._event_failures.inc(num_event_failures - self._num_event_failures)
+        self._num_event_failures = num_event_failures
         self._queue.set(load.num_waiting)
         self._held.set(num_tickets - load.num_waiting if num_tickets > load.num_waiting else 0)
         self._held_tokens.set(load.num_held_tokens)

@@ -337,3 +337,32 @@ async def test_a_broken_first_transport_gives_way_to_the_next(worker: PrefillWor
         fetched = await client.fetch(order(), decode.reserve)
     assert fetched.transport == "grpc"
     assert bytes(decode.blocks[2]) == expected_block(order().token_ids, 2)
+
+
+@pytest.mark.parametrize("breaks", ["digest", "publish", "state"])
+async def test_a_bug_in_ps_handling_of_an_engine_event_fails_that_prompt_at_once(
+    worker: PrefillWorker, breaks: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was swallowed; D waited its 30 s for blocks."""
+
+    def broken(*args: object, **kwargs: object) -> bytes:
+        raise ZeroDivisionError
+
+    async with connected(worker) as client:
+        with monkeypatch.context() as patched:
+            if breaks == "digest":
+                patched.setattr("kvtransfer.prefill_server.block_digest", broken)
+            elif breaks == "publish":
+                patched.setattr(worker.source, "publish", broken)
+            else:
+                patched.setattr("kvtransfer.prefill_side.PrefillSide.blocks_filled", broken)
+            with pytest.raises(TransferFailed) as failed:
+                async with asyncio.timeout(3):
+                    await client.fetch(order(20), Decode.with_blocks(5).reserve)
+        assert failed.value.failure.kind is FailureKind.INTERNAL
+        decode = Decode.with_blocks(5)
+        await client.fetch(order(20), decode.reserve)
+        await idle(worker)
+    assert bytes(decode.blocks[4]) == expected_block(order(20).token_ids, 4)
+    assert worker.server.num_event_failures == 1
+    assert [record.name for record in caplog.records if record.levelname == "ERROR"] == ["kvtransfer.prefill_server"]
