@@ -32,7 +32,8 @@ from engine.kv_memory import KVMemory
 from engine.models.weights import SourceTensor
 from engine.request import SamplingParams, Sequence
 from engine.runner import CpuRunner, kv_shape
-from modelfiles.config import ModelConfig, load_config
+from modelfiles.config import ModelConfig
+from modelfiles.read_config import load_config
 from modelfiles.weights import open_weights
 
 PROMPT = 128

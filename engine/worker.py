@@ -122,8 +122,8 @@ def load_replica(spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
     Raises: what modelfiles raises for a model that cannot be read, ConfigInvalid, MemoryTooSmall.
     """
     from engine import sizing
-    from modelfiles.config import load_config
     from modelfiles.digest import model_digest
+    from modelfiles.read_config import load_config
     from modelfiles.weights import open_weights
 
     on_progress(LoadPhase.READ_MODEL, 0.0)

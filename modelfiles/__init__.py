@@ -5,7 +5,8 @@ Imports nothing of ours. Weights are in `modelfiles.weights`, fetching in `model
 command line wants to wait for.
 """
 
-from modelfiles.config import Architecture, GenerationDefaults, ModelConfig, RopeScaling, RopeType, load_config
+from modelfiles.config import Architecture, GenerationDefaults, ModelConfig, RopeScaling, RopeType
+from modelfiles.read_config import load_config
 from modelfiles.tokenizer import (
     SpecialTokens,
     load_chat_template,

@@ -1,16 +1,12 @@
 """What a model is: its architecture and sizes, from config.json or from GGUF metadata.
 
-One frozen value for both; the decoder reads nothing else. What we cannot run is refused here, by the name of the
-feature, before a byte of weights is read: a silently ignored field would mean wrong tokens.
+One frozen value for both; the decoder reads nothing else. `read_config` makes it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
-
-from modelfiles.layout import GgufModel, find_layout
 
 
 class Architecture(StrEnum):
@@ -101,16 +97,3 @@ class ModelConfig:
     pad_token_id: int | None = None
     generation: GenerationDefaults = GenerationDefaults()
     dtype: str = "float32"
-
-
-def load_config(path: str | Path) -> ModelConfig:
-    """Read the config of a local model (folder or .gguf file).
-
-    Raises: ModelNotFound, MalformedModel, UnsupportedModel (architecture or feature, by name).
-    """
-    from modelfiles import config_gguf, config_json
-
-    layout = find_layout(path)
-    if isinstance(layout, GgufModel):
-        return config_gguf.load(layout)
-    return config_json.load(layout)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from baton.local.errors import LocalError
 from baton.local.plan import ModelFacts
-from modelfiles.config import ModelConfig, load_config
+from modelfiles.config import ModelConfig
 from modelfiles.errors import ModelFilesError
 from modelfiles.progress import OnProgress, Progress
+from modelfiles.read_config import load_config
 
 if TYPE_CHECKING:
     from baton_operator.resources import LLMService

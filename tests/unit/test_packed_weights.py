@@ -18,7 +18,7 @@ from engine.loading import packed_file
 from engine.loading.layout import PackedLayout, PanelFormat, PartKind
 from engine.loading.region import PackedRegion, open_region
 from modelfiles.cache import temporary_path
-from modelfiles.config import load_config
+from modelfiles.read_config import load_config
 from modelfiles.weights import open_weights
 
 DIGEST = "d" * 64
@@ -30,7 +30,7 @@ import sys, hashlib
 from pathlib import Path
 from engine.kernels.native.library import load_library
 from engine.loading.region import open_region
-from modelfiles.config import load_config
+from modelfiles.read_config import load_config
 from modelfiles.weights import open_weights
 import engine.loading.packed_file as packed_file
 
