@@ -22,6 +22,9 @@ COMPONENT_LABEL = "app.kubernetes.io/component"
 HASH_ANNOTATION = "serving.baton.dev/applied"
 """Digest of the manifest that was applied last: a field that was taken away changes it, though no live field does."""
 
+PROBER_LABEL = "serving.baton.dev/prober"
+"""With the value "true" on pods that may reach a gateway's internal port: the operator and `helm test`."""
+
 ROLES = ("prefill", "decode")
 API_PORT = 8000
 INTERNAL_PORT = 8001
