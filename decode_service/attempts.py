@@ -17,7 +17,13 @@ import time
 from typing import Protocol, TypeVar
 
 from decode_service.attempt import Attempt, RemoteOutcome
-from decode_service.messages import end_reason, engine_request, first_token_choices, token_message
+from decode_service.messages import (
+    deadline_refusal,
+    end_reason,
+    engine_request,
+    first_token_choices,
+    token_message,
+)
 from decode_service.placement import (
     CandidateFacts,
     LocalFacts,
@@ -115,6 +121,9 @@ class Attempts:
         if len(self._by_key) >= self._max_num_requests:
             limit = f"requests on this worker: {len(self._by_key)}, the limit is {self._max_num_requests}"
             return _refuse(stream, message.key, pb.END_OVERLOADED, limit)
+        refusal = deadline_refusal(message)
+        if refusal is not None:
+            return _refuse(stream, message.key, *refusal)
         now = time.monotonic()
         engine_key = next(self._next_key)
         attempt = Attempt(engine_key, stream, message, engine_request(message, engine_key, now), now)
@@ -177,7 +186,7 @@ class Attempts:
         if self.is_draining and reason == pb.END_CANCELLED and attempt.is_handed_over:
             reason = pb.END_DRAINING
         self._end(attempt, reason, ended.message, ended.stats)
-        self._engine_metrics.observe_end(ended.reason.name.lower(), ended.stats)
+        self._engine_metrics.observe_end(ended.stats)
 
     def on_crash(self) -> None:
         """The engine is gone: every attempt ends here, and may be replayed elsewhere."""

@@ -44,7 +44,7 @@ from engine.batch import Runner
 from engine.block_pool import BlockState
 from engine.config import EngineConfig
 from engine.errors import EngineDraining, PhaseConflict, RequestUnknown
-from engine.group import Group, Phase, ScheduledSequence
+from engine.group import PREFILL_PHASES, Group, Phase, ScheduledSequence
 from engine.messages import (
     BlocksFilled,
     BlockSlot,
@@ -212,7 +212,7 @@ class Engine:
                 self._memory.cache.drop(block)
         group = self._groups.get(key)
         if group is not None:
-            group.expect("release_transfer", Phase.PREFILL_QUEUED, Phase.PREFILLING, Phase.HANDING_OVER)
+            group.expect("release_transfer", *PREFILL_PHASES)
             if ok and group.phase is Phase.HANDING_OVER:
                 self._end(group, EndReason.FINISHED, "")
             else:
@@ -349,6 +349,7 @@ class Engine:
 
     def _cancel_choice(self, group: Group, choice: int) -> None:
         sequence = group.sequences.pop(choice)
+        group.stats.num_abort += 1
         if sequence.forks:
             self._scheduler.hand_over(sequence)
         elif sequence in group.leader.forks:
@@ -357,6 +358,11 @@ class Engine:
 
     def _end(self, group: Group, reason: EndReason, message: str) -> None:
         """The one place where requests end. Blocks that a transfer holds stay pinned beyond it."""
+        is_prefill = group.phase in PREFILL_PHASES  # one prompt, whoever draws from it
+        if reason is not EndReason.FINISHED:
+            group.stats.num_abort += 1 if is_prefill else len(group.sequences)
+        elif is_prefill:
+            group.stats.num_length += 1
         for sequence in group.sequences.values():
             group.stats.num_output_tokens += sequence.num_output_tokens - sequence.num_committed_tokens
             self._scheduler.remove(sequence)
@@ -448,8 +454,8 @@ class Engine:
                 self._memory.note_filled(sequence)
             if finish is not None:
                 ended.append((sequence, finish))
-        for sequence, _ in ended:
-            self._finish(sequence)
+        for sequence, finish in ended:
+            self._finish(sequence, finish)
 
     def _take_prompts(self, plan: Plan, tokens: list[SampledToken]) -> int:
         """Account for the prompt chunks that ran and start what they completed. Returns the tokens computed."""
@@ -482,10 +488,11 @@ class Engine:
             group.first_token_at = self._clock()
             started_at = group.arrived_at if group.started_at is None else group.started_at
             group.stats.prefill_s = group.first_token_at - started_at
-        ended = [sequence for sequence, token in drawn if self._append(sequence, token) is not None]
+        finishes = {sequence: self._append(sequence, token) for sequence, token in drawn}
         for sequence in (leader, *forks):
-            if sequence in ended:
-                self._finish(sequence)
+            finish = finishes.get(sequence)
+            if finish is not None:
+                self._finish(sequence, finish)
             else:
                 self._scheduler.join(sequence)
 
@@ -499,9 +506,13 @@ class Engine:
         self._events.append(TokenEvent(sequence.request_key, sequence.choice, num_output - 1, token, finish))
         return finish
 
-    def _finish(self, sequence: ScheduledSequence) -> None:
+    def _finish(self, sequence: ScheduledSequence, finish: FinishReason) -> None:
         """A sequence ended by itself; the request ends with its last one."""
         group = sequence.group
+        if finish is FinishReason.STOP:
+            group.stats.num_stop += 1
+        else:
+            group.stats.num_length += 1
         self._scheduler.estimator.observe(sequence.num_output_tokens)
         self._scheduler.remove(sequence)
         del group.sequences[sequence.choice]

@@ -48,7 +48,7 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.HANDING_OVER: frozenset(),
 }
 
-REMOTE_PHASES = frozenset({Phase.PROMISED, Phase.RESERVING, Phase.FILLING})
+PREFILL_PHASES = (Phase.PREFILL_QUEUED, Phase.PREFILLING, Phase.HANDING_OVER)
 
 
 @dataclass(slots=True, eq=False)

@@ -81,7 +81,9 @@ class RequestStats:
     """What a request cost. Times are durations in seconds of the engine's clock.
 
     `queue_s`: until its first chunk was scheduled (or its remote prefill promised); `prefill_s`: from there to its
-    first token.
+    first token. `num_stop`, `num_length` and `num_abort` say how its choices ended, in vLLM's terms. What did not end
+    by itself was aborted; a prompt computed for another worker is one choice and ended by length, as at vLLM's prefill
+    instances.
     """
 
     num_prompt_tokens: int = 0
@@ -89,6 +91,9 @@ class RequestStats:
     num_output_tokens: int = 0
     num_preemptions: int = 0
     num_recomputed_tokens: int = 0
+    num_stop: int = 0
+    num_length: int = 0
+    num_abort: int = 0
     queue_s: float = 0.0
     prefill_s: float = 0.0
     total_s: float = 0.0

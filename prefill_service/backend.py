@@ -93,7 +93,7 @@ class EngineBackend:
         """Pass one step's events on, in order."""
         for event in step.events:
             if isinstance(event, RequestEnded):
-                self._metrics.observe_end(event.reason.name.lower(), event.stats)
+                self._metrics.observe_end(event.stats)
         self._deliver([told for event in step.events if (told := _translate(event)) is not None])
         self._metrics.observe_step(step.num_decode_tokens + step.num_prefill_tokens)
         self._failpoints.kill_if_due("kill-after-chunk", int(step.num_prefill_tokens > 0))

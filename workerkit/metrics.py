@@ -54,6 +54,9 @@ class EndFacts(Protocol):
 
     num_prompt_tokens: int
     num_output_tokens: int
+    num_stop: int
+    num_length: int
+    num_abort: int
     queue_s: float
     prefill_s: float
     total_s: float
@@ -89,7 +92,7 @@ class EngineMetrics:
         self._iteration = metrics.vllm_histogram(
             "iteration_tokens_total", "Tokens computed per step.", ITERATION_TOKEN_BUCKETS
         )
-        self._success = metrics.vllm_labelled_counter("request_success", "Requests ended.", ("finished_reason",))
+        self._success = metrics.vllm_labelled_counter("request_success", "Choices by finish", ("finished_reason",))
         self._speed = metrics.gauge("baton_prefill_tokens_per_second", "Measured prefill speed; 0 while unknown.")
         self._blocks = metrics.gauge(
             "baton_kv_blocks", "KV blocks by state; at rest all are free or cached.", ("state",)
@@ -106,8 +109,11 @@ class EngineMetrics:
             self._iteration.observe(num_computed)
         self._generated.inc(num_generated)
 
-    def observe_end(self, reason: str, stats: EndFacts) -> None:
-        self._success.inc(finished_reason=reason)
+    def observe_end(self, stats: EndFacts) -> None:
+        ends = {"stop": stats.num_stop, "length": stats.num_length, "abort": stats.num_abort}
+        for reason, count in ends.items():
+            if count:
+                self._success.inc(count, finished_reason=reason)
         self._queue_s.observe(stats.queue_s)
         self._prefill_s.observe(stats.prefill_s)
         self._total_s.observe(stats.total_s)

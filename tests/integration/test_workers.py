@@ -147,6 +147,29 @@ async def test_the_deadline_ends_an_attempt_that_waits_for_prefill(workers: Work
     await at_baseline(p, d)
 
 
+@pytest.mark.parametrize(
+    ("deadline_s", "reason"),
+    [(0.0, pb.END_DEADLINE), (-1.0, pb.END_DEADLINE), (float("nan"), pb.END_INVALID), (float("inf"), pb.END_INVALID)],
+)
+async def test_an_attempt_without_a_deadline_is_refused(workers: Workers, deadline_s: float, reason: int) -> None:
+    """A deadline of 0, which is what a gateway has left for a late request, meant that there was none."""
+    d = await workers.decode()
+    async with gateway_to(d) as gateway:
+        async with asyncio.timeout(5):
+            ended = await (await gateway.ask(prompt_of(10), deadline_s=deadline_s)).end()
+        assert ended.reason == reason
+        assert "deadline_s" in ended.message
+    await at_baseline(d)
+
+
+async def test_no_deadline_is_further_than_a_day(workers: Workers) -> None:
+    d = await workers.decode()
+    async with gateway_to(d) as gateway:
+        await gateway.start(prompt_of(10), disaggregation=LOCAL, deadline_s=1e300, max_tokens=60)
+        await until(lambda: d.replica.engine.num_requests)
+        assert d.replica.engine.next_deadline() <= d.replica.engine.now() + 86_400.0
+
+
 # ---------------------------------------------------------------- prefill workers that fail
 
 
@@ -347,7 +370,7 @@ async def test_both_roles_show_vllms_metrics_and_their_queues(workers: Workers) 
         assert VLLM_NAMES | queues <= shown
     labels = {"model_name": d.process.config.served_model_id, "engine": d.process.config.worker_id}
     assert d.metric("vllm:generation_tokens_total", **labels) == 8
-    assert d.metric("vllm:request_success_total", finished_reason="finished", **labels) == 1
+    assert d.metric("vllm:request_success_total", finished_reason="length", **labels) == 1
 
 
 async def test_probes_answer_with_the_phase_while_the_weights_load(tmp_path: Path, workers: Workers) -> None:

@@ -133,6 +133,41 @@ def test_every_choice_ends_and_the_request_ends_once():
     assert events[-1] is end
 
 
+def test_choices_are_counted_by_how_they_ended():
+    """One stops, one runs to its length, one is cancelled alone."""
+    lengths = {
+        choice: expected_output(PROMPT, SamplingParams(max_tokens=9), choice, VOCAB_SIZE, (0,)) for choice in range(40)
+    }
+    stops = next(choice for choice, output in lengths.items() if output[-1] == 0)
+    runs = next(choice for choice, output in lengths.items() if output[-1] != 0)
+    engine, _ = make_engine()
+    starts = (ChoiceStart(stops), ChoiceStart(runs), ChoiceStart(99))
+    engine.match(EngineRequest(1, "r", PROMPT, SamplingParams(max_tokens=9), starts))
+    engine.start_local(1)
+    engine.cancel(1, (99,))
+    (ended,) = ends(run(engine))
+    assert (ended.stats.num_stop, ended.stats.num_length, ended.stats.num_abort) == (1, 1, 1)
+
+
+def test_a_cancelled_request_aborts_every_choice_that_is_left():
+    engine, _ = make_engine()
+    engine.match(EngineRequest(1, "r", PROMPT, SamplingParams(), tuple(ChoiceStart(choice) for choice in range(3))))
+    engine.cancel(1)
+    (ended,) = ends(run(engine))
+    assert (ended.stats.num_stop, ended.stats.num_length, ended.stats.num_abort) == (0, 0, 3)
+
+
+@pytest.mark.parametrize(("is_ok", "counts"), [(True, (1, 0)), (False, (0, 1))])
+def test_a_prompt_for_another_worker_is_one_choice_however_many_draw_from_it(is_ok: bool, counts: tuple[int, int]):
+    engine, _ = make_engine()
+    engine.start_prefill(EngineRequest(1, "r", PROMPT, SamplingParams(), (ChoiceStart(0), ChoiceStart(1))), 0, due=1.0)
+    engine.grant_credit(1, 9)
+    engine.step()
+    engine.release_transfer(1, ok=is_ok)
+    (ended,) = ends(run(engine))
+    assert (ended.stats.num_length, ended.stats.num_abort) == counts
+
+
 def test_cancel_stops_within_a_step_and_frees_everything():
     engine, _ = make_engine()
     engine.match(request(max_tokens=30, ignore_eos=True))
