@@ -180,14 +180,22 @@ class WorkerPool:
 
     async def _keep_scanning(self) -> None:
         while True:
-            hints = self._discovery.hints()
-            for address, hint in hints.items():
-                member = self._members.get(address)
-                if member is None or member.done():
-                    self._members[address] = asyncio.create_task(self._run_member(hint), name=f"worker {address}")
-            for address in [a for a, task in self._members.items() if task.done() and a not in hints]:
-                del self._members[address]
+            try:
+                self._follow_hints()
+            except Exception:  # the loop's boundary: it ends with the gateway, or no worker would ever be found again
+                log.exception("looking for workers failed; trying again")
+                await asyncio.sleep(BACKOFF_MAX_S)
             await asyncio.sleep(SCAN_S)
+
+    def _follow_hints(self) -> None:
+        """Stay with every address that is named, and forget those that have ended and are named no more."""
+        hints = self._discovery.hints()
+        for address, hint in hints.items():
+            member = self._members.get(address)
+            if member is None or member.done():
+                self._members[address] = asyncio.create_task(self._run_member(hint), name=f"worker {address}")
+        for address in [a for a, task in self._members.items() if task.done() and a not in hints]:
+            del self._members[address]
 
     def _is_hinted(self, address: str) -> bool:
         return address in self._discovery.hints()

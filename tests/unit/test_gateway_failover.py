@@ -137,6 +137,26 @@ async def test_half_written_and_foreign_registry_files_are_no_hints(tmp_path: Pa
             assert (await harness.complete()).status_code == 200
 
 
+async def test_looking_for_workers_survives_a_bug_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    follow = worker_pool.WorkerPool._follow_hints
+    num_calls = 0
+
+    def fail_twice(self: worker_pool.WorkerPool) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls <= 2:
+            raise RuntimeError("a bug")
+        follow(self)
+
+    monkeypatch.setattr(worker_pool, "BACKOFF_MAX_S", 0.01)
+    monkeypatch.setattr(worker_pool.WorkerPool, "_follow_hints", fail_twice)
+    async with running(tmp_path, FakeDecodeWorker()) as harness:
+        assert (await harness.complete()).status_code == 200
+    assert caplog.text.count("looking for workers failed") == 2
+
+
 async def test_a_silent_worker_is_left_after_the_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = await reference(tmp_path)
     monkeypatch.setattr(connection, "SILENCE_S", 0.3)
