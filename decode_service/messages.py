@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from engine.messages import ChoiceStart, EndReason, EngineRequest, RequestEnded, TokenEvent
 from engine.request import FinishReason
+from kvtransfer.protocol import MAX_REQUEST_S
 from kvtransfer.protocol import baton_pb2 as pb
 from workerkit.messages import sampling_params, token_logprobs
 
@@ -19,8 +22,17 @@ _END_REASONS = {
 _FINISH_REASONS = {FinishReason.STOP: pb.FINISH_STOP, FinishReason.LENGTH: pb.FINISH_LENGTH}
 
 
+def deadline_refusal(message: pb.GenerateRequest) -> tuple[pb.EndReason, str] | None:
+    """Why a request without a usable deadline is not taken; None if it has one."""
+    if message.deadline_s <= 0:
+        return pb.END_DEADLINE, f"deadline_s is {message.deadline_s:g}: no time is left"
+    if not math.isfinite(message.deadline_s):
+        return pb.END_INVALID, f"deadline_s is {message.deadline_s:g}, expected a number of seconds"
+    return None
+
+
 def engine_request(message: pb.GenerateRequest, engine_key: int, now: float) -> EngineRequest:
-    """`now` is the engine's clock; a deadline of 0 means none."""
+    """`now` is the engine's clock. The message's deadline is one that `deadline_refusal` let pass."""
     return EngineRequest(
         key=engine_key,
         request_id=message.request_id,
@@ -30,7 +42,7 @@ def engine_request(message: pb.GenerateRequest, engine_key: int, now: float) -> 
             ChoiceStart(log.choice, tuple(log.committed_token_ids)) for log in message.choices if not log.finished
         ),
         cache_salt=message.cache_salt,
-        deadline=now + message.deadline_s if message.deadline_s > 0 else float("inf"),
+        deadline=now + min(message.deadline_s, MAX_REQUEST_S),
     )
 
 

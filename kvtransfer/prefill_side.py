@@ -20,7 +20,6 @@ often (T7).
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvtransfer.digest import manifest_digest
+from kvtransfer.protocol import MAX_REQUEST_S
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.transport import TICKET_BYTES, SourceBlock
 
@@ -356,8 +356,8 @@ class PrefillSide:
             return "token_ids is empty"
         if start.num_blocks_held > num_full:
             return f"num_blocks_held is {start.num_blocks_held} of {num_full} full blocks"
-        if not 0 < start.deadline_s < math.inf:
-            return f"deadline_s is {start.deadline_s}"
+        if not 0 < start.deadline_s <= MAX_REQUEST_S:
+            return f"deadline_s is {start.deadline_s}, expected at most {MAX_REQUEST_S:g}"
         if len(start.choices) > MAX_CHOICES or len(set(start.choices)) != len(start.choices):
             return f"choices must be at most {MAX_CHOICES} different ones"
         return ""

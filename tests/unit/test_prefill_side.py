@@ -116,6 +116,7 @@ def test_tickets_are_random_by_default() -> None:
         ({"deadline_s": 0.0}, pb.PREFILL_FAILURE_INVALID),
         ({"deadline_s": float("nan")}, pb.PREFILL_FAILURE_INVALID),
         ({"deadline_s": float("inf")}, pb.PREFILL_FAILURE_INVALID),
+        ({"deadline_s": 1e300}, pb.PREFILL_FAILURE_INVALID),
         ({"choices": [0, 0]}, pb.PREFILL_FAILURE_INVALID),
         ({"layout_fingerprint": "other"}, pb.PREFILL_FAILURE_LAYOUT),
     ],
