@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from registry.config import RegistryConfig
 from servicekit.config import option, parse_address
 
 
@@ -15,8 +16,8 @@ class Disaggregation(Enum):
     NEVER = "never"
 
 
-@dataclass(frozen=True)
-class GatewayConfig:
+@dataclass(frozen=True, kw_only=True)
+class GatewayConfig(RegistryConfig):
     """Field names are flag names."""
 
     model: Path = option(
@@ -27,8 +28,9 @@ class GatewayConfig:
     http: tuple[str, int] = option(("127.0.0.1", 8000), help="address of the API; port 0 is any", parse=parse_address, metavar="HOST:PORT")  # fmt: skip  # noqa: E501
     internal_http: tuple[str, int] | None = option(None, help="authenticated port for probes: the only one where worker and path can be forced", parse=parse_address, metavar="HOST:PORT")  # fmt: skip  # noqa: E501
     secret_file: Path | None = option(None, help="file with the service's secret, shown to workers and asked of probes")
-    registry_dir: Path | None = option(None, help="folder of worker files (local mode), watched")
+    registry_dns: tuple[str, ...] = option((), help="headless Services, one per pool: each address behind them is asked Hello", metavar="HOST:PORT,...")  # fmt: skip  # noqa: E501
     workers_seed: tuple[str, ...] = option((), help="addresses to say Hello to, besides", metavar="HOST:PORT,...")
+    routing_file: Path | None = option(None, help='JSON {"servingRevision": ...}: which revision serves; read each second')  # fmt: skip  # noqa: E501
     max_model_len: int = option(0, help="prompt and output together; 0: the model's own limit", minimum=0)
     max_queue_requests: int = option(512, help="requests that may wait for their first token", minimum=1)
     max_queue_tokens: int = option(1_000_000, help="prompt tokens that may wait for their first token", minimum=1)

@@ -46,7 +46,8 @@ class GenerationRequest:
     timeout_s: float = 600.0
     ttft_objective_s: float = 0.0
     received_at: float = 0.0
-    only_worker: str | None = None  # set by the internal port alone
+    only_worker: str | None = None  # set by the internal port alone, as is
+    only_revision: str | None = None
 
 
 class Sink(Protocol):

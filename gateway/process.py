@@ -18,15 +18,19 @@ from gateway.admission import Admission, AdmissionLimits
 from gateway.app import Gateway, build_app, build_starting_app
 from gateway.config import Disaggregation, GatewayConfig
 from gateway.dialect import ModelLimits
-from gateway.discovery import Discovery
 from gateway.http_protocol import BoundedHttpProtocol
 from gateway.keys import ApiKeys
 from gateway.metrics import GatewayMetrics
+from gateway.routing_file import RoutingFile
 from gateway.serve import Services
 from gateway.text import TextService
 from gateway.worker_pool import WorkerPool
+from kvtransfer.auth import Secret
 from kvtransfer.protocol import baton_pb2 as pb
+from registry.entry import SIGNING_PURPOSE
+from registry.opening import open_table
 from servicekit import lifecycle, logs
+from servicekit.config import parse_address
 from servicekit.health import HealthState, HttpServer, Phase, start_http
 
 log = logging.getLogger(__name__)
@@ -109,13 +113,20 @@ def load_gateway(config: GatewayConfig, health: HealthState, metrics: GatewayMet
     admission = Admission(AdmissionLimits(config.max_queue_requests, config.max_queue_tokens, share), time.monotonic)
     secret = lifecycle.read_secret(config.secret_file) if config.secret_file is not None else ""
     pool = WorkerPool(
-        Discovery(config.registry_dir, config.workers_seed),
+        open_table(
+            config,
+            Secret(secret).signing_key(SIGNING_PURPOSE),
+            dns=[parse_address(service) for service in config.registry_dns],
+            seeds=config.workers_seed,
+        ),
         metrics,
         caller_id=config.gateway_id,
         boot_id=lifecycle.new_boot_id(),
         model_id=model_id,
         secret=secret,
         deterministic=config.deterministic,
+        needs_prefill=config.disaggregation is not Disaggregation.NEVER,
+        routing_file=RoutingFile(config.routing_file),
     )
     add_gauges(metrics, admission, pool)
     return Gateway(
@@ -173,6 +184,7 @@ async def _keep_house(gateway: Gateway) -> None:
     while True:
         await asyncio.sleep(1.0)
         gateway.cut_stalled_clients(time.monotonic())
+        gateway.services.pool.routing_file.refresh()
 
 
 def add_gauges(metrics: GatewayMetrics, admission: Admission, pool: WorkerPool) -> None:
@@ -187,6 +199,11 @@ def add_gauges(metrics: GatewayMetrics, admission: Admission, pool: WorkerPool) 
     )
     metrics.gauge("queued_tokens", "Prompt tokens of requests without a first token", lambda: admission.num_tokens)
     metrics.gauge("decode_workers", "Live Generate streams", lambda: len(pool.connections))
+    metrics.gauge(
+        "registry_connected",
+        "1 while every registry and DNS name answers; requests do not depend on it",
+        lambda: float(all(status.is_connected for status in pool.table.statuses())),
+    )
     metrics.gauge("prefill_workers", "Prefill workers that answer Hello", lambda: len(pool.prefill))
 
 

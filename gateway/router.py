@@ -15,6 +15,8 @@ from enum import Enum
 import numpy as np
 import xxhash
 
+from gateway.revisions import Preference, choose
+
 MAX_CANDIDATES = 4
 DEFAULT_PREFILL_TOKENS_PER_S = 2_000.0
 DEFAULT_STEP_S = 0.02
@@ -30,6 +32,7 @@ class WorkerState:
     worker_id: str
     address: str
     boot_id: bytes = b""
+    revision: str = ""
     layout_fingerprint: str = ""
     numerics_fingerprint: str = ""
     is_draining: bool = False
@@ -75,6 +78,12 @@ class RoutingRequest:
     alone: bool = False
     ttft_objective_s: float = 0.0
     only_worker: str | None = None  # probes of the internal port
+    only_revision: str | None = None  # so are these
+    preference: Preference = field(default_factory=Preference)
+
+    @property
+    def is_forced(self) -> bool:
+        return self.only_worker is not None or self.only_revision is not None
 
 
 class NoRoute(Enum):
@@ -109,12 +118,13 @@ class Route:
     predicted_ttft_s: float
     cached_tokens: int
     candidates: tuple[Candidate, ...]
+    revision: str = ""
     meets_objective: bool = True
 
 
 def route(request: RoutingRequest, decode: Sequence[WorkerState], prefill: Sequence[WorkerState]) -> Route | NoRoute:
-    """Pick the decode worker, then its prefill candidates."""
-    usable = _usable(request, decode)
+    """Pick the revision, a decode worker of it, then that one's prefill candidates, of the same revision."""
+    usable = _usable(request, of_one_revision(request, decode, prefill))
     if isinstance(usable, NoRoute):
         return usable
     best = min(usable, key=lambda worker: (_cost_s(request, worker), worker.num_ahead, worker.worker_id))
@@ -123,18 +133,36 @@ def route(request: RoutingRequest, decode: Sequence[WorkerState], prefill: Seque
     local_s = (best.num_tokens_ahead + request.num_prompt_tokens - cached) / best.rate
     ttft_s = min([local_s, *(candidate.predicted_s for candidate in candidates)])
     objective = request.ttft_objective_s
-    return Route(best.worker_id, ttft_s, cached, candidates, not objective or ttft_s <= objective)
+    return Route(best.worker_id, ttft_s, cached, candidates, best.revision, not objective or ttft_s <= objective)
 
 
 def rank_prefill(request: RoutingRequest, decode: WorkerState, prefill: Sequence[WorkerState]) -> tuple[Candidate, ...]:
-    """Prefill workers that take the prompt and whose KV fits the decode worker's, best first."""
+    """Prefill workers of the decode worker's revision that take the prompt and whose KV fits, best first."""
     able = [p for p in prefill if not p.is_draining and p.takes(request.num_prompt_tokens)]
-    same = [p for p in able if p.layout_fingerprint == decode.layout_fingerprint]
+    kind = (decode.revision, decode.layout_fingerprint)
+    same = [p for p in able if (p.revision, p.layout_fingerprint) == kind]
     ranked = sorted(
         (_candidate(request, worker) for worker in _without_suspects(same)),
         key=lambda candidate: (candidate.predicted_s, candidate.worker_id),
     )
     return tuple(ranked[:MAX_CANDIDATES])
+
+
+def of_one_revision(
+    request: RoutingRequest, decode: Sequence[WorkerState], prefill: Sequence[WorkerState]
+) -> Sequence[WorkerState]:
+    """The decode workers of the chosen revision; all of them where none is routable, so that the reason can be named.
+
+    A request that has begun (its fingerprints are fixed) sees only revisions that can continue it.
+    """
+    if request.only_worker is not None:
+        return decode
+    if request.only_revision is not None:
+        return [worker for worker in decode if worker.revision == request.only_revision]
+    num_tokens = request.num_prompt_tokens + request.num_output_tokens
+    able = [w for w in decode if not w.is_draining and w.takes(num_tokens) and _is_same_kind(request, w)]
+    revision = choose(request.preference, able, prefill)
+    return decode if revision is None else [worker for worker in decode if worker.revision == revision]
 
 
 def _usable(request: RoutingRequest, decode: Sequence[WorkerState]) -> list[WorkerState] | NoRoute:

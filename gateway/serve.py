@@ -85,12 +85,14 @@ async def _route(generation: Generation, pool: WorkerPool, held: ExitStack) -> t
         chain = pool.prefixes.chain(generation.request.prompt_token_ids, generation.request.cache_salt)
         generation.prefix_chain = chain
     while True:
-        if generation.history.must_run_alone:
-            _hold_a_worker(generation, pool, held)
         wanted = _wanted(generation, pool, chain)
+        if generation.history.must_run_alone:
+            _hold_a_worker(generation, pool, held, wanted)
         workers = pool.decode_states(generation)
         decision = router.route(wanted, workers, pool.prefill_states())
         if isinstance(decision, Route):
+            if not wanted.is_forced:
+                pool.note_revision(decision.revision)
             pool.prefixes.note(chain, [decision.worker_id])
             return pool.connections[decision.worker_id], decision
         if decision is NoRoute.TOO_LONG and not generation.log.attempt:  # later, it ran on a worker that may come back
@@ -110,14 +112,17 @@ def _wanted(generation: Generation, pool: WorkerPool, chain: list[int]) -> Routi
         alone=generation.history.must_run_alone,
         ttft_objective_s=request.ttft_objective_s,
         only_worker=request.only_worker,
+        only_revision=request.only_revision,
+        preference=pool.preference,
     )
 
 
-def _hold_a_worker(generation: Generation, pool: WorkerPool, held: ExitStack) -> None:
+def _hold_a_worker(generation: Generation, pool: WorkerPool, held: ExitStack, wanted: RoutingRequest) -> None:
     """Reserve the emptiest worker for a request that two workers died with; it then waits there until it is alone."""
     if any(connection.reserved_by is generation for connection in pool.connections.values()):
         return
-    free = [c for c in pool.connections.values() if c.is_live and c.reserved_by is None and not c.load.draining]
+    states = router.of_one_revision(wanted, pool.decode_states(generation), pool.prefill_states())
+    free = [pool.connections[s.worker_id] for s in states if not s.is_reserved and not s.is_draining]
     if free:
         emptiest = min(free, key=lambda connection: len(connection.attempts))
         held.enter_context(pool.hold(emptiest.worker.worker_id, generation))

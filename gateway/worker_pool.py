@@ -1,7 +1,7 @@
 """The workers this gateway knows: finds them, says Hello, keeps one Generate stream per decode worker.
 
-A hint (discovery.py) only starts a connection. A live stream stays in use whatever the registry says next (T10: no
-decision about a running request reads it).
+A hint (registry/table.py) only starts a connection. A worker leaves by its own silence alone, whatever the registry
+says or does not say next (T10: no decision about a running request reads it).
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING
 
 from gateway import rpc
 from gateway.connection import DecodeConnection
-from gateway.discovery import Discovery, Hint
+from gateway.revisions import Preference
 from gateway.router import PrefixRecord, WorkerState
+from gateway.routing_file import RoutingFile
 from kvtransfer.protocol import PROTOCOL_VERSION
 from kvtransfer.protocol import baton_pb2 as pb
+from registry.membership import Hint
+from registry.table import Table
 
 if TYPE_CHECKING:
     from gateway.generation import Generation
@@ -33,6 +36,10 @@ HELLO_EVERY_S = 1.0
 HELLO_TIMEOUT_S = 3.0
 MAX_FAILED_HELLOS = 3
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 1.0
+FORGET_S = 30.0
+"""How long an address is tried that no registry names any more: longer than workers take to announce themselves."""
+
+_ROLES = {"prefill": pb.ROLE_PREFILL, "decode": pb.ROLE_DECODE}
 FAILURES_UNTIL_SUSPECT = 3
 SUSPECT_MIN_S, SUSPECT_MAX_S = 2.0, 30.0
 
@@ -73,7 +80,7 @@ class WorkerPool:
 
     def __init__(
         self,
-        discovery: Discovery,
+        table: Table,
         metrics: GatewayMetrics,
         *,
         caller_id: str,
@@ -81,6 +88,8 @@ class WorkerPool:
         model_id: str = "",
         secret: str = "",
         deterministic: bool = False,
+        needs_prefill: bool = True,
+        routing_file: RoutingFile | None = None,
     ) -> None:
         self.connections: dict[str, DecodeConnection] = {}  # by worker id
         self.prefill: dict[str, PrefillPeer] = {}
@@ -91,12 +100,17 @@ class WorkerPool:
         self.metadata: rpc.Metadata = (("baton-secret", secret),) if secret else ()
         self.model_id = model_id
         self.deterministic = deterministic
-        self._discovery = discovery
+        self.table = table
+        self.routing_file = routing_file or RoutingFile(None)
+        self.last_revision: str | None = None
+        self._needs_prefill = needs_prefill
         self._members: dict[str, asyncio.Task[None]] = {}
         self._waiters: set[asyncio.Future[None]] = set()
         self._scan: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
+        self.routing_file.refresh()
+        self.table.start()
         self._scan = asyncio.create_task(self._keep_scanning(), name="discovery")
 
     async def stop(self) -> None:
@@ -104,6 +118,7 @@ class WorkerPool:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.table.stop()
 
     # ------------------------------------------------------------ what the router sees
 
@@ -117,6 +132,17 @@ class WorkerPool:
 
     def prefill_states(self) -> list[WorkerState]:
         return [self._state(peer.worker, peer.load, address=peer.address) for peer in self.prefill.values()]
+
+    @property
+    def preference(self) -> Preference:
+        """Between revisions, as things stand."""
+        return Preference(self.routing_file.serving, self.last_revision, self._needs_prefill)
+
+    def note_revision(self, revision: str) -> None:
+        """A request was routed there."""
+        if revision != self.last_revision:
+            log.info("requests go to revision", extra={"revision": revision, "before": self.last_revision})
+            self.last_revision = revision
 
     @contextmanager
     def hold(self, worker_id: str, generation: Generation) -> Generator[DecodeConnection]:
@@ -159,6 +185,7 @@ class WorkerPool:
             worker_id=worker.worker_id,
             address=address,
             boot_id=worker.boot_id,
+            revision=worker.revision,
             layout_fingerprint=worker.layout_fingerprint,
             numerics_fingerprint=worker.numerics_fingerprint,
             is_draining=load.draining,
@@ -189,7 +216,7 @@ class WorkerPool:
 
     def _follow_hints(self) -> None:
         """Stay with every address that is named, and forget those that have ended and are named no more."""
-        hints = self._discovery.hints()
+        hints = self.table.hints()
         for address, hint in hints.items():
             member = self._members.get(address)
             if member is None or member.done():
@@ -198,17 +225,22 @@ class WorkerPool:
             del self._members[address]
 
     def _is_hinted(self, address: str) -> bool:
-        return address in self._discovery.hints()
+        return address in self.table.hints()
 
     async def _run_member(self, hint: Hint) -> None:
-        """Stay with one address until it is neither hinted nor alive."""
+        """Stay with one address until it is neither hinted nor, for a while, alive."""
         backoff, said = BACKOFF_MIN_S, ""
+        answered_at = time.monotonic()
+        role = _ROLES.get(hint.role, pb.ROLE_UNSPECIFIED)
         async with rpc.open_channel(hint.address) as channel:
             while True:
                 try:
-                    reply = await self._say_hello(channel, hint.role)
+                    reply = await self._say_hello(channel, role)
                     backoff, said = BACKOFF_MIN_S, ""
-                    await self._use(channel, hint, reply)
+                    try:
+                        await self._use(channel, hint, reply)
+                    finally:
+                        answered_at = time.monotonic()
                 except (rpc.RpcError, _Unusable) as error:
                     level, said = (
                         (logging.DEBUG if said else logging.INFO),
@@ -217,7 +249,7 @@ class WorkerPool:
                     log.log(level, "worker not usable", extra={"address": hint.address, "reason": said})
                 except Exception:  # the loop's boundary: a bug with one worker must not lose the others
                     log.exception("worker connection failed", extra={"address": hint.address})
-                if not self._is_hinted(hint.address):
+                if time.monotonic() - answered_at > FORGET_S and not self._is_hinted(hint.address):
                     return
                 await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
                 backoff = min(BACKOFF_MAX_S, backoff * 2)
@@ -283,7 +315,7 @@ class WorkerPool:
                     reply = await self._hello(channel, pb.ROLE_PREFILL)
                 except rpc.RpcError:
                     num_failed += 1
-                    if num_failed >= MAX_FAILED_HELLOS or not self._is_hinted(address):
+                    if num_failed >= MAX_FAILED_HELLOS:
                         raise
                     continue
                 num_failed = 0

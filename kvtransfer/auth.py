@@ -32,6 +32,10 @@ class Secret:
         """What a client adds to each call."""
         return ((METADATA_KEY, self._value),) if self._value else ()
 
+    def signing_key(self, purpose: bytes) -> bytes:
+        """A key of its own for each purpose, so that no use tells of the secret itself; empty without a secret."""
+        return hmac.digest(self._value.encode(), purpose, "sha256") if self._value else b""
+
     def matches(self, offered: str | bytes | None) -> bool:
         """Constant in time for equal lengths and for different ones: digests are compared."""
         if offered is None or not self._value:

@@ -91,14 +91,15 @@ def _gateway_registry() -> Any:
     from gateway.process import add_gauges
 
     metrics = GatewayMetrics("m")
-    pool: Any = types.SimpleNamespace(connections={}, prefill={})
+    table = types.SimpleNamespace(statuses=lambda: [])
+    pool: Any = types.SimpleNamespace(connections={}, prefill={}, table=table)
     add_gauges(metrics, Admission(AdmissionLimits(1, 1), time.monotonic), pool)
     return metrics.registry
 
 
 def _worker_registries() -> dict[str, Any]:
     from servicekit.metrics import Metrics
-    from workerkit.metrics import DecodeQueueMetrics, EngineMetrics, PrefillQueueMetrics, count_startup
+    from workerkit.metrics import DecodeQueueMetrics, EngineMetrics, PrefillQueueMetrics, count_startup, show_registries
 
     found: dict[str, Any] = {}
     for process, queues in (("prefill", PrefillQueueMetrics), ("decode", DecodeQueueMetrics)):
@@ -106,6 +107,7 @@ def _worker_registries() -> dict[str, Any]:
         EngineMetrics(metrics, block_size=16, num_blocks=1, cache_dtype="float32")
         queues(metrics)
         count_startup(metrics, {})
+        show_registries(metrics, ())
         found[process] = metrics.registry
     return found
 

@@ -1,18 +1,15 @@
-"""How a process begins, is found, and ends: ids, the registry file, drain on SIGTERM, death of the parent."""
+"""How a process begins and ends: ids, its secret, drain on SIGTERM, death of the parent."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
 import os
 import secrets
 import signal
 import stat
 import threading
-from collections.abc import Callable, Generator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -38,54 +35,12 @@ def read_secret(path: Path) -> str:
     return secret
 
 
-# ---------------------------------------------------------------- the registry file of the local mode
-
-
-@dataclass(frozen=True, slots=True)
-class RegistryEntry:
-    """What a gateway on this host needs to find a worker. A hint, never the truth: `Hello` is."""
-
-    worker_id: str
-    role: str
-    address: str
-    http: str
-    boot_id: str
-    pid: int
-
-
-@contextlib.contextmanager
-def registered(registry_dir: Path | None, entry: RegistryEntry) -> Generator[Callable[[], None]]:
-    """Keep `<registry_dir>/<worker_id>.json` while inside; yields a function that removes it early (drain)."""
-    if registry_dir is None:
-        yield lambda: None
-        return
-    path = registry_dir / f"{entry.worker_id}.json"
-    write_atomically(path, json.dumps(asdict(entry)).encode())
-
-    def remove() -> None:
-        if _is_ours(path, entry.boot_id):
-            path.unlink(missing_ok=True)
-
-    try:
-        yield remove
-    finally:
-        remove()
-
-
 def write_atomically(path: Path, data: bytes) -> None:
     """Readers see the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_bytes(data)
     temporary.replace(path)
-
-
-def _is_ours(path: Path, boot_id: str) -> bool:
-    """A worker restarted under the same id has its own file here: leave it."""
-    try:
-        return json.loads(path.read_bytes()).get("boot_id") == boot_id
-    except (OSError, ValueError):
-        return False
 
 
 # ---------------------------------------------------------------- the end

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvtransfer.auth import Secret
+from registry.config import RegistryConfig
+from registry.entry import is_revision, is_worker_id
 from servicekit.config import option, parse_address, parse_bytes, power_of_two
 from servicekit.lifecycle import read_secret
 
@@ -15,12 +17,15 @@ def _bytes_or_auto(text: str) -> int | None:
 
 
 def _worker_id(value: str) -> str | None:
-    safe = value and all(c.isalnum() or c in "-_." for c in value) and not value.startswith(".")
-    return None if safe else "must be letters, digits, '-', '_' and '.'"
+    return None if is_worker_id(value) else "must be at most 253 letters, digits, '-', '_' and '.'"
+
+
+def _revision(value: str) -> str | None:
+    return None if is_revision(value) else "must be at most 63 letters, digits, '-', '_' and '.'"
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerConfig:
+class WorkerConfig(RegistryConfig):
     """One worker process, from `servicekit.config.load`. Validated when built."""
 
     # what is served
@@ -29,6 +34,10 @@ class WorkerConfig:
     dtype: str = option("float32", help="type of the weights in memory", choices=("float32", "bfloat16"))
     deterministic: bool = option(False, help="same bits whatever the batch, the chunks and the P/D split")
     max_model_len: int = option(0, help="longest prompt and output together; 0: the model's own", minimum=0)
+
+    revision: str = option(
+        "", help="revision of the service that this worker is of; P and D pair within one", check=_revision
+    )
 
     # where
     worker_id: str = option(help="name of this worker, unique in its service", check=_worker_id)
@@ -40,7 +49,6 @@ class WorkerConfig:
     )
     advertise: str = option("", help="host that others reach this worker by; empty: that of --listen")
     secret_file: Path = option(help="file with the service's secret; only callers that prove it are served")
-    registry_dir: Path | None = option(None, help="local mode: folder where this worker announces itself")
     parent_fd: int | None = option(None, help="exit when this pipe closes", minimum=0)
 
     # how much

@@ -78,6 +78,7 @@ def worker_info(
     host_id: str,
     shared_memory_socket: str,
     version: str,
+    revision: str,
 ) -> pb.WorkerInfo:
     return pb.WorkerInfo(
         worker_id=worker_id,
@@ -95,4 +96,5 @@ def worker_info(
         host_id=host_id,
         max_num_seqs=identity.max_num_seqs,
         version=version,
+        revision=revision,
     )

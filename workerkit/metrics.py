@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import Counter
@@ -214,6 +214,17 @@ class DecodeQueueMetrics:
         self._fallbacks.labels(reason=kind).inc()
         if kind in VERIFICATION_KINDS:
             self._failures.labels(kind=kind).inc()
+
+
+class Announcing(Protocol):
+    @property
+    def is_connected(self) -> bool: ...
+
+
+def show_registries(metrics: Metrics, keepers: Sequence[Announcing]) -> None:
+    """Nothing that is asked of this worker depends on it."""
+    gauge = metrics.gauge("baton_registry_connected", "1 while the registry takes this worker's announcements.")
+    gauge.set_function(lambda: float(all(keeper.is_connected for keeper in keepers)))
 
 
 def count_startup(metrics: Metrics, phase_seconds: Mapping[str, float]) -> None:

@@ -28,13 +28,17 @@ from kvtransfer.auth import SecretInterceptor
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.shm_transport import host_id
 from modelfiles.errors import ModelFilesError
+from registry.dns import join_address
+from registry.entry import SIGNING_PURPOSE, Entry
+from registry.keeper import Keeper
+from registry.opening import open_memberships
 from servicekit import failpoints, lifecycle, logs
 from servicekit.health import HealthState, HttpServer, Phase, ProgressWatch, health_app, start_http
 from servicekit.metrics import Metrics
 from workerkit.config import WorkerConfig
 from workerkit.engine_client import EngineClient
 from workerkit.messages import worker_info
-from workerkit.metrics import count_startup
+from workerkit.metrics import count_startup, show_registries
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +75,7 @@ class WorkerProcess:
         self.config = config
         self.role = role
         self.address = ""
+        self._layout_fingerprint = ""
         self._load = load
         self.boot_id = lifecycle.new_boot_id()
         self.host_id = host_id()
@@ -85,7 +90,9 @@ class WorkerProcess:
         self._http: HttpServer | None = None
         self._server: Any = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._unannounce = contextlib.ExitStack()
+        self._memberships = open_memberships(config, self.secret.signing_key(SIGNING_PURPOSE))
+        self._keepers: list[Keeper] = []
+        self._keeping: list[asyncio.Task[None]] = []
 
     async def begin(self) -> None:
         """Answer probes before anything slow happens."""
@@ -127,6 +134,7 @@ class WorkerProcess:
         return await loaded
 
     def describe(self, replica: Replica, shared_memory_socket: str = "") -> pb.WorkerInfo:
+        self._layout_fingerprint = replica.identity.layout_fingerprint
         return worker_info(
             replica.identity,
             worker_id=self.config.worker_id,
@@ -136,6 +144,7 @@ class WorkerProcess:
             host_id=self.host_id,
             shared_memory_socket=shared_memory_socket,
             version=_version(),
+            revision=self.config.revision,
         )
 
     async def serve(self, add: Callable[[Any], None], options: Options = rpc.CONTROL_OPTIONS) -> None:
@@ -149,21 +158,14 @@ class WorkerProcess:
         bound = server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         await server.start()
         self._server = server
-        self.address = f"{self.config.advertise or host}:{bound}"
+        self.address = join_address(self.config.advertise or host, bound)
 
     def announce(self) -> None:
-        """Ready: the health port says so, and in local mode the registry folder."""
-        assert self._http is not None
+        """Ready: the health port says so, and from now on every registry, whenever it can be reached."""
         self.health.enter("register")
-        entry = lifecycle.RegistryEntry(
-            worker_id=self.config.worker_id,
-            role="prefill" if self.role == pb.ROLE_PREFILL else "decode",
-            address=self.address,
-            http=f"{self.config.advertise or self._http.host}:{self._http.port}",
-            boot_id=self.boot_id.hex(),
-            pid=os.getpid(),
-        )
-        self._unannounce.enter_context(lifecycle.registered(self.config.registry_dir, entry))
+        self._keepers = [Keeper(membership, self._entry()) for membership in self._memberships]
+        self._keeping = [asyncio.create_task(keeper.run(), name="announce") for keeper in self._keepers]
+        show_registries(self.metrics, self._keepers)
         self.health.ready()
         count_startup(self.metrics, self.health.phase_seconds)
         log.info("ready", extra={"address": self.address, "phase_seconds": self.health.phase_seconds})
@@ -195,7 +197,7 @@ class WorkerProcess:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for task in waits:
             task.cancel()
-        self._unannounce.close()
+        await self._withdraw()
         if self._engine_failed.is_set():
             self.health.fail(self._failure)
             return EXIT_ENGINE_FAILED
@@ -204,7 +206,7 @@ class WorkerProcess:
 
     async def end(self) -> None:
         """Close the ports. What still runs is cut."""
-        self._unannounce.close()
+        await self._withdraw()
         for task in self._tasks:
             task.cancel()
         if self._server is not None:
@@ -214,6 +216,26 @@ class WorkerProcess:
         log.info("ended")
 
     # ------------------------------------------------------------ parts
+
+    def _entry(self) -> Entry:
+        assert self._http is not None
+        return Entry(
+            worker_id=self.config.worker_id,
+            role="prefill" if self.role == pb.ROLE_PREFILL else "decode",
+            address=self.address,
+            http=join_address(self.config.advertise or self._http.host, self._http.port),
+            revision=self.config.revision,
+            fingerprint=self._layout_fingerprint,
+            boot_id=self.boot_id.hex(),
+            pid=os.getpid(),
+        )
+
+    async def _withdraw(self) -> None:
+        """Be found no more by those who do not know this worker yet. Idempotent."""
+        for task in self._keeping:
+            task.cancel()
+        await asyncio.gather(*self._keeping, return_exceptions=True)
+        await asyncio.gather(*(keeper.withdraw() for keeper in self._keepers))
 
     def _replica_spec(self) -> ReplicaSpec:
         config = self.config

@@ -338,10 +338,10 @@ async def test_prefill_candidates_come_with_the_request(tmp_path: Path) -> None:
 
 
 def announce(registry: Path, worker: FakeDecodeWorker) -> Path:
+    from registry.entry import Entry, encode
     from servicekit.lifecycle import write_atomically
 
     path = registry / f"{worker.worker_id}.json"
-    write_atomically(
-        path, json.dumps({"worker_id": worker.worker_id, "role": "decode", "address": worker.address}).encode()
-    )
+    entry = Entry(worker.worker_id, "decode", worker.address, worker.address, "", "", worker.boot_id.hex(), 1)
+    write_atomically(path, encode(entry))
     return path

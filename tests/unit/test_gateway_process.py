@@ -14,10 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.discovery import Discovery
 from gateway.fake_model import write_fake_model
 from gateway.keys import ApiKeys, cache_salt
-from kvtransfer.protocol import baton_pb2 as pb
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +34,15 @@ def test_help_names_the_flags_and_imports_nothing_slow() -> None:
     )
     done = python("-c", probe)
     assert done.returncode == 0, done.stderr
-    for flag in ("--model", "--http", "--registry-dir", "--workers-seed", "--max-queue-tokens", "--parent-fd"):
+    for flag in (
+        "--model",
+        "--http",
+        "--registry-dir",
+        "--workers-seed",
+        "--max-queue-tokens",
+        "--parent-fd",
+        "--registry",
+    ):
         assert flag in done.stdout
 
 
@@ -92,19 +98,6 @@ def test_it_ends_with_its_parent(tmp_path: Path) -> None:
         os.close(reader)
         process.kill()
         process.communicate()
-
-
-def test_hints_come_from_files_and_seeds_and_files_know_more(tmp_path: Path) -> None:
-    (tmp_path / "p.json").write_text(json.dumps({"address": "a:1", "role": "prefill"}))
-    (tmp_path / "d.json").write_text(json.dumps({"address": "b:1", "role": "decode"}))
-    (tmp_path / ".d.json.tmp").write_text("{")
-    hints = Discovery(tmp_path, ("a:1", "c:1")).hints()
-    assert {address: hint.role for address, hint in hints.items()} == {
-        "a:1": pb.ROLE_PREFILL,
-        "b:1": pb.ROLE_DECODE,
-        "c:1": pb.ROLE_UNSPECIFIED,
-    }
-    assert Discovery(tmp_path / "missing").hints() == {}
 
 
 def test_a_key_file_without_keys_is_refused(tmp_path: Path) -> None:

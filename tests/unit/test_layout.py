@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
     "baton", "decode_service", "engine", "gateway", "kvtransfer", "modelfiles", "operator", "prefill_service",
-    "servicekit", "workerkit",
+    "registry", "servicekit", "workerkit",
 )  # fmt: skip
 SOURCE_FOLDERS = (*PACKAGES, "tests", "bench", "scripts")
 BANNED_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve"}

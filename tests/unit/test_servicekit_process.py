@@ -123,27 +123,6 @@ def test_vllm_metrics_carry_vllms_two_labels() -> None:
     assert 'le="0.0025"' in text
 
 
-def entry(boot_id: str) -> lifecycle.RegistryEntry:
-    return lifecycle.RegistryEntry("p-0", "prefill", "127.0.0.1:1", "127.0.0.1:2", boot_id, os.getpid())
-
-
-def test_the_registry_file_is_whole_while_registered_and_gone_after(tmp_path: Path) -> None:
-    with lifecycle.registered(tmp_path / "reg", entry("aa")):
-        (file,) = (tmp_path / "reg").iterdir()
-        assert (file.name, json.loads(file.read_text())["boot_id"]) == ("p-0.json", "aa")
-    assert list((tmp_path / "reg").iterdir()) == []
-
-
-def test_leaving_does_not_remove_the_file_of_a_successor(tmp_path: Path) -> None:
-    with lifecycle.registered(tmp_path, entry("aa")), lifecycle.registered(tmp_path, entry("bb")) as remove_newer:
-        pass
-    with lifecycle.registered(tmp_path, entry("aa")) as remove:
-        lifecycle.write_atomically(tmp_path / "p-0.json", b'{"boot_id": "bb"}')
-        remove()
-        assert (tmp_path / "p-0.json").exists()
-    del remove_newer
-
-
 def test_the_watcher_notices_that_the_parents_pipe_closed() -> None:
     read_end, write_end = os.pipe()
     gone = threading.Event()
