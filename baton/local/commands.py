@@ -145,13 +145,15 @@ def _print_lines(worker_id: str, text: str, *, is_alone: bool) -> None:
 
 
 def _follow(run: RunDir, worker: str | None) -> None:
-    """Print what is appended; a log that was cut or is new is read from its beginning."""
+    """Print what is appended; a log that was cut, or begun anew by another run, is read from its beginning."""
     files: dict[Path, BufferedReader] = {}
     is_first_look = True
     while True:
         for path in sorted(run.logs.glob("*.log")):
             if worker is not None and path.stem != worker:
                 continue
+            if path in files and not os.path.samestat(os.fstat(files[path].fileno()), path.stat()):
+                files.pop(path).close()
             if path not in files:
                 files[path] = open(path, "rb")  # noqa: SIM115  kept open until Ctrl-C ends the command
                 files[path].seek(0, os.SEEK_END if is_first_look else os.SEEK_SET)

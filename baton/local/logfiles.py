@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 MAX_LOG_BYTES = 8 * 2**20
+STDOUT = 1
 
 
 def open_log(path: Path) -> int:
@@ -18,11 +19,18 @@ def open_log(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
 
+def begin_anew(folder: Path) -> None:
+    """A log tells of one run: those of the run before become the older parts, but for the one we write to ourselves."""
+    for path in folder.glob("*.log"):
+        if not os.path.samestat(path.stat(), os.fstat(STDOUT)):
+            path.replace(_older(path))
+
+
 def rotate(folder: Path, *, max_bytes: int = MAX_LOG_BYTES) -> None:
     """Cut every log of the folder that is longer than `max_bytes`, keeping one older part."""
     for path in folder.glob("*.log"):
         if path.stat().st_size > max_bytes:
-            shutil.copyfile(path, path.with_name(path.name + ".1"))
+            shutil.copyfile(path, _older(path))
             os.truncate(path, 0)
 
 
@@ -36,3 +44,7 @@ def tail(path: Path, num_lines: int, *, max_bytes: int = 256 * 1024) -> str:
     except FileNotFoundError:
         return ""
     return "\n".join(lines[-num_lines:])
+
+
+def _older(path: Path) -> Path:
+    return path.with_name(path.name + ".1")

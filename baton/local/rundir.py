@@ -4,7 +4,7 @@
 <state>/<name>/secret     what the processes prove to each other, 0600
 <state>/<name>/registry/  one file a worker
 <state>/<name>/control    unix socket, 0600
-<state>/<name>/logs/      one bounded file a process
+<state>/<name>/logs/      one bounded file a process, and as <name>.1 what it said before or in the run before
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from baton.local.errors import AlreadyRunning
+from baton.local.logfiles import begin_anew
 from baton.local.plan import RunPaths
 
 _MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
@@ -73,6 +74,7 @@ class RunDir:
         self.clean(keep_lock=True)
         self.registry.mkdir(mode=0o700)
         self.logs.mkdir(mode=0o700, exist_ok=True)
+        begin_anew(self.logs)
         descriptor = os.open(self.secret, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_urlsafe(32))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from baton.local.control import Command, Verb, send_command
 from baton.local.errors import ControlError, NotRunning, StartFailed
+from baton.local.logfiles import begin_anew
 from baton.local.machine import read_machine
 from baton.local.model import describe_model
 from baton.local.reporter import make_reporter
@@ -54,6 +55,7 @@ def start_detached(file: Path | None, port: int | None) -> None:
     run = RunDir(state_dir(os.environ) / service.metadata.name)
     os.close(_take_lock(run))
     run.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
+    begin_anew(run.logs)
     log_path = run.log_of(SUPERVISOR_LOG)
     arguments = [*(["--file", str(file)] if file else []), *(["--port", str(port)] if port else [])]
     with open(log_path, "wb", opener=_open_private) as log:

@@ -331,6 +331,17 @@ def test_detach_returns_once_the_service_answers(home: Home) -> None:
     assert home.leftovers() == []
 
 
+def test_logs_tell_of_the_last_run_alone(home: Home) -> None:
+    for _ in range(2):
+        assert home.baton("up", "-f", str(home.file), "--detach").returncode == 0
+        assert home.baton("down").returncode == 0
+    assert home.baton("logs", "decode-0").stdout == "decode-0 is up\n"
+    assert home.baton("logs", "supervisor").stdout.count("answers at") == 1
+    home.up()
+    assert "supervisor" not in home.baton("logs").stdout
+    assert (home.run / "logs" / "supervisor.log.1").exists()
+
+
 def test_a_detached_start_that_fails_says_why(home: Home) -> None:
     home.faults = {"decode-0": "config"}
     answer = home.baton("up", "-f", str(home.file), "--detach")

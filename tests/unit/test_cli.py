@@ -182,6 +182,16 @@ def test_a_prepared_run_has_a_secret_that_only_its_owner_reads_and_cleaning_keep
     assert tail(run.log_of("gateway"), 5) == "hello"
 
 
+def test_a_new_run_begins_its_logs_anew_and_keeps_those_of_the_run_before(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for number in (1, 2, 3):
+        run.prepare()
+        assert tail(run.log_of("decode-0"), 9) == ""
+        run.log_of("decode-0").write_text(f"run {number}\n")
+    assert tail(run.log_of("decode-0"), 9) == "run 3"
+    assert run.log_of("decode-0").with_suffix(".log.1").read_text() == "run 2\n"
+
+
 def test_a_log_that_has_grown_too_long_is_cut_and_its_writer_goes_on_at_the_beginning(tmp_path: Path) -> None:
     path = tmp_path / "decode-0.log"
     with open(path, "a") as writer:
