@@ -98,15 +98,23 @@ class DecodeServicer:
         try:
             async for message in requests:
                 stream.liveness.heard(time.monotonic())
-                match message.WhichOneof("kind"):
-                    case "start":
-                        self._attempts.start(stream, message.start)
-                    case "cancel":
-                        self._attempts.cancel(stream, message.cancel)
-                    case _:
-                        pass  # a heartbeat, or a kind of a newer gateway: it lives
+                try:
+                    self._take(stream, message)
+                except Exception:  # a fault of ours, not the connection's end: nobody awaits this task to see it
+                    log.exception("a gateway's message could not be handled: its stream is cut")
+                    self._attempts.count_stream_fault()
+                    return
         finally:
             stream.cut()  # the gateway closed its half, or the connection broke
+
+    def _take(self, stream: GatewayStream, message: pb.GenerateUp) -> None:
+        match message.WhichOneof("kind"):
+            case "start":
+                self._attempts.start(stream, message.start)
+            case "cancel":
+                self._attempts.cancel(stream, message.cancel)
+            case _:
+                pass  # a heartbeat, or a kind of a newer gateway: it lives
 
     def _load(self) -> pb.WorkerLoad:
         load = worker_load(self._engine.load)

@@ -149,6 +149,10 @@ class Attempts:
         for engine_key in stream.keys.values():
             self._engine.post(engine_key, lambda engine, key=engine_key: engine.cancel(key))
 
+    def count_stream_fault(self) -> None:
+        """A stream was cut because we could not handle what came on it."""
+        self._metrics.count_stream_fault()
+
     # ------------------------------------------------------------ what the engine says
 
     def on_step(self, step: StepEvents) -> None:

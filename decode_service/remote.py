@@ -84,4 +84,10 @@ class PrefillPool:
             if rank < too_many or now - used_at > IDLE_S:
                 task = asyncio.create_task(self._known.pop(address).client.aclose())
                 self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
+                task.add_done_callback(self._on_closed)
+
+    def _on_closed(self, task: asyncio.Task[None]) -> None:
+        self._closing.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("the stream to an idle prefill worker did not close cleanly", exc_info=error)

@@ -194,12 +194,18 @@ class DecodeQueueMetrics:
         )
         self._placements = metrics.counter("baton_placements", "Where prompts went, and why.", ("path", "reason"))
         self._fallbacks = metrics.counter("baton_prefill_fallbacks", "Candidates given up, by failure.", ("reason",))
+        self._stream_faults = metrics.counter(
+            "baton_stream_faults", "Gateway streams cut because a message could not be handled."
+        )
         self.ignored = IgnoredMessages(metrics)
 
     def update(self, load: LoadFacts, ignored: Mapping[str, int]) -> None:
         self._promised.set(load.num_promised)
         self.ignored.update(ignored)
         self._filling.set(load.num_filling)
+
+    def count_stream_fault(self) -> None:
+        self._stream_faults.inc()
 
     def count_placement(self, path: str, reason: str) -> None:
         self._placements.labels(path=path, reason=reason).inc()

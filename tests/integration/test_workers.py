@@ -14,10 +14,12 @@ import pytest
 from decode_service import app, attempts
 from decode_service.config import DecodeConfig
 from decode_service.messages import engine_request
+from decode_service.stream import GatewayStream
 from decode_service.worker import serve as serve_decode
 from engine.worker import LoadPhase, OnProgress, Replica, ReplicaSpec
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.protocol import baton_pb2_grpc as stubs
+from prefill_service.backend import EngineBackend
 from tests.workers_harness import BLOCK_SIZE, FakeModel, RunningWorker, Workers, gateway_to, until
 from workerkit.process import EXIT_ENGINE_FAILED, WorkerProcess
 
@@ -129,14 +131,31 @@ async def test_cancel_at_any_stage_frees_every_block_of_both_workers(
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.05, 0.2])
-async def test_a_gateway_that_is_gone_leaves_nothing_behind(workers: Workers, delay_s: float) -> None:
+async def test_a_gateway_that_is_gone_leaves_nothing_behind_and_costs_at_most_the_step_at_hand(
+    workers: Workers, delay_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = FakeModel(step_s=0.02)
     p, d = await workers.prefill(slow), await workers.decode(slow)
+    at_leave, at_release = list[int](), list[int]()  # steps that were done when the worker was told
+    leave, release = attempts.Attempts.leave, EngineBackend.release
+
+    def note_leave(self: attempts.Attempts, stream: GatewayStream) -> None:
+        at_leave.append(d.replica.engine.counters.steps)
+        leave(self, stream)
+
+    def note_release(self: EngineBackend, key: int, ok: bool, is_suspect: bool) -> None:
+        at_release.append(p.replica.engine.counters.steps)
+        release(self, key, ok, is_suspect)
+
+    monkeypatch.setattr(attempts.Attempts, "leave", note_leave)
+    monkeypatch.setattr(EngineBackend, "release", note_release)
     async with gateway_to(d) as gateway:
         for seed in range(4):
             await gateway.start(prompt_of(30, seed), [p.candidate], max_tokens=60, seed=seed)
         await asyncio.sleep(delay_s)
-    await until(lambda: d.replica.engine.load().num_running == 0)
+    await until(lambda: d.replica.engine.num_requests == 0 and p.replica.engine.num_requests == 0)
+    assert d.replica.engine.counters.steps <= at_leave[0] + 1
+    assert not at_release or p.replica.engine.counters.steps <= at_release[-1] + 1
     await at_baseline(p, d)
 
 
