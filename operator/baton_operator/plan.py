@@ -15,50 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from baton_operator.objects import FIELD_MANAGER, Desired, Manifest, RandomSecret, Ref
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeReport:
-    """What the last `Probe` of this service found. Kept in memory by the caller; None after its restart."""
-
-    revision: str
-    at: float  # the caller's `now` when the answer came
-    is_ok: bool
-    message: str  # of a failure: why; of a success: "24.0 KiB in 3.1 ms over grpc, chat-prefill-... to chat-decode-..."
-
-
-@dataclass(frozen=True, slots=True)
-class GatewayReport:
-    """What one gateway pod said of itself (GET /internal/status). `serving_revision` None: it did not answer."""
-
-    address: str
-    serving_revision: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class StepFailure:
-    """A step of the last pass that the API server refused (not: a conflict or a lost connection, which are retried)."""
-
-    ref: Ref
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """What is there. `observe.py` makes it from caches, without a call to the API server.
-
-    `service` and `objects` are live objects as the API server has them (managedFields included for LLMPools). `objects`
-    holds everything in the namespace that carries the service's label, owned by it or not, of every kind that
-    `Desired.manifests` and `Desired.secrets` can hold, and Deployments of other revisions.
-    """
-
-    service: Manifest
-    objects: Mapping[Ref, Manifest]
-    probe: ProbeReport | None = None
-    gateways: tuple[GatewayReport, ...] = ()  # of the last AskGateways; empty after a restart
-    gateways_at: float = float("-inf")
-    failures: tuple[StepFailure, ...] = ()  # of the last pass, for the condition Degraded
+from baton_operator.objects import FIELD_MANAGER, Desired, Manifest, Observed, RandomSecret, Ref
 
 
 @dataclass(frozen=True, slots=True)
