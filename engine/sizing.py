@@ -77,7 +77,10 @@ def derive_kv_size(
     blocks = max(0, budget) // block_bytes
     explanation += f"; / {block_bytes} bytes per block = {blocks} blocks"
     if blocks < min_blocks:
-        raise MemoryTooSmall(f"{explanation}, but one sequence of the greatest length needs {min_blocks}")
+        raise MemoryTooSmall(
+            f"KV memory: {explanation}, but one sequence of the greatest length needs {min_blocks}: give it "
+            f"{min_blocks * block_bytes} bytes (kv_memory) or state a smaller max_model_len"
+        )
     if max_blocks is not None and blocks > max_blocks:
         blocks = max_blocks
         explanation += f", capped at {max_blocks}: more could never be used"

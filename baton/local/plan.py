@@ -155,6 +155,7 @@ def divide_machine(
     Raises: PlanError if what the service states, or the smallest useful share, does not fit (`pool_limits`).
     """
     num_workers = sum(replicas.values())
+    _check_stated_kv(service, model, replicas)
     threads, threads_words = _divide_threads(service, machine, replicas)
     budget = _kv_budget(machine, model, num_workers)
     stated = {role: pool_of(service, role).kv_memory for role in POOL_ROLES}
@@ -263,6 +264,22 @@ def _divide_threads(service: LLMService, machine: Machine, replicas: Mapping[Rol
     if num_open:
         words += f", divided among {num_open} worker{'s' if num_open > 1 else ''}: {share} each"
     return threads, words
+
+
+def _check_stated_kv(service: LLMService, model: ModelFacts, replicas: Mapping[Role, int]) -> None:
+    """Say now, in the words of the service's file, what a worker would refuse. Raises: PlanError."""
+    max_model_len = service.spec.engine.max_model_len or model.max_model_len
+    block_size = service.spec.engine.block_size or 1  # the worker's own is not known here: it may need a little more
+    least = -(-max_model_len // block_size) * block_size * model.kv_bytes_per_token
+    num_mib = -(-least // MIB)
+    for role in POOL_ROLES:
+        stated = pool_of(service, role).kv_memory
+        if replicas[role] and stated is not None and stated < least:
+            raise PlanError(
+                f"spec.pools.{role.value}.kvMemory = {_mib(stated)} holds {stated // model.kv_bytes_per_token} tokens, "
+                f"but a request may have {max_model_len}, which need {num_mib} MiB; give at least {num_mib}Mi or "
+                f"state a smaller spec.engine.maxModelLen"
+            )
 
 
 def _least_kv(service: LLMService, model: ModelFacts) -> int:

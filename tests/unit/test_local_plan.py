@@ -113,6 +113,28 @@ def test_a_machine_that_is_too_small_is_refused_with_the_arithmetic() -> None:
         plan(Machine(2, 1500 * MIB))
 
 
+def test_kv_memory_that_does_not_hold_the_longest_request_is_refused_with_what_would_do() -> None:
+    model = replace(MODEL, max_model_len=2048)
+
+    def plan_with(kv_memory: str, replicas: int = 1, **spec: Any) -> None:
+        spec["pools"] = {"prefill": {"kvMemory": kv_memory, "replicas": replicas}}
+        plan_service(service(**spec), LAPTOP, model, PATHS)
+
+    words = (
+        r"^spec\.pools\.prefill\.kvMemory = 1 MiB holds 22 tokens, .* 2048, which need 90 MiB; give at least 90Mi or .*"
+        r"spec\.engine\.maxModelLen"
+    )
+    with pytest.raises(PlanError, match=words):
+        plan_with("1Mi")
+    with pytest.raises(PlanError, match="give at least 90Mi"):
+        plan_with("89Mi")
+    plan_with("90Mi")
+    plan_with("1Mi", engine={"maxModelLen": 22})
+    with pytest.raises(PlanError, match="may have 22, which need 2 MiB"):
+        plan_with("1Mi", engine={"maxModelLen": 22, "blockSize": 16})
+    plan_with("1Mi", replicas=0)
+
+
 def test_more_kv_memory_than_there_is_is_refused() -> None:
     with pytest.raises(PlanError, match=r"kvMemory asks for 20,480 MiB .* left for KV"):
         plan(pools={"decode": {"replicas": 2, "kvMemory": "10Gi"}})
