@@ -47,7 +47,7 @@ from kvtransfer.prefill_server import BlocksFilled, PrefillDone, PrefillServer
 from kvtransfer.prefill_side import HeldTokens, PrefillLimits
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.shm_transport import ShmBlockServer, ShmBlockTransport, host_id
-from kvtransfer.transport import BlockRead, BlockSource, BlockTransport, SourceBlock
+from kvtransfer.transport import BlockRead, BlockSource, BlockTransport, SourceBlock, sealed_memory
 from workerkit.process import SWITCH_INTERVAL_S
 
 SECRET = Secret("bench")
@@ -64,8 +64,7 @@ _REQUEST_BYTES = 16
 async def serve_prefill(block_size: int) -> None:
     """P: prints one line of JSON, then obeys lines on stdin ("open FIRST COUNT" -> ticket; end of file -> exit)."""
     block_bytes = BLOCK_SIZES[block_size]
-    fd = os.memfd_create("kv")
-    os.ftruncate(fd, NUM_BLOCKS * block_bytes)
+    fd = sealed_memory("kv", NUM_BLOCKS * block_bytes)
     memory = memoryview(mmap.mmap(fd, NUM_BLOCKS * block_bytes))
     np.frombuffer(memory, np.uint64)[:] = np.arange(len(memory) // 8, dtype=np.uint64)
     source = BlockSource(memory, block_bytes, secrets.token_bytes(16))

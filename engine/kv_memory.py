@@ -7,6 +7,7 @@ taken from the system when they are first written.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import tempfile
@@ -78,9 +79,12 @@ class KVMemory:
 def _anonymous_file(size: int) -> int:
     """A file without a name: it is gone when the last process that holds it ends, however that ends."""
     if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("baton-kv", os.MFD_CLOEXEC)
-    else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
+        fd = os.memfd_create("baton-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, size)
+        # A worker that maps it is killed when it reads what was cut off (SIGBUS): none maps what could shrink.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return fd
+    with tempfile.TemporaryFile() as file:
+        fd = os.dup(file.fileno())
     os.ftruncate(fd, size)
     return fd

@@ -9,8 +9,10 @@ boot id (the secret itself does not travel, so a process that squats on the name
     D -> P   ticket                  (then once per transfer)
     P -> D   1 joined, 0 refused
 
-The mapping is made once per P incarnation. The generation table lets D see, after its copy, that a block was taken back
-meanwhile; content that still differs is caught by the digest like everywhere else.
+P talks only to processes of its own user, and of those that have proved nothing yet it keeps the newest few. D maps
+only memory that is sealed against shrinking. The mapping is made once per P incarnation. The generation table lets D
+see, after its copy, that a block was taken back meanwhile; content that still differs is caught by the digest like
+everywhere else.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import fcntl
 import functools
 import logging
 import mmap
@@ -57,6 +60,8 @@ _SIZES = struct.Struct("!QQ")
 _PATIENCE_S = 2.0
 _ACCEPT_PAUSE_S = 0.1
 _MAX_CONNECTIONS = 256
+_MAX_GREETINGS = 16
+_PEER_CREDENTIALS = struct.Struct("iII")  # pid, uid, gid
 _NUM_COPY_THREADS = 2
 
 
@@ -85,6 +90,7 @@ class ShmBlockServer:
         self._kv_fd = kv_fd
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._greetings: dict[socket.socket, asyncio.Task[None]] = {}  # under way, oldest first
 
     async def start(self) -> str:
         """Listen; returns what goes into WorkerInfo.shared_memory_socket."""
@@ -102,10 +108,11 @@ class ShmBlockServer:
         if self._listener is not None:
             self._listener.close()
 
-    def _start_task(self, work: Any) -> None:
+    def _start_task(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -115,21 +122,29 @@ class ShmBlockServer:
                 log.warning("no shared memory connection could be taken: %s", error)
                 await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
-            if len(self._tasks) > _MAX_CONNECTIONS:
+            if _user_of(connection) != os.geteuid() or len(self._tasks) > _MAX_CONNECTIONS:
                 connection.close()
                 continue
-            self._start_task(self._serve(connection))
+            if len(self._greetings) >= _MAX_GREETINGS:  # the newest may be the one that we wait for
+                self._greetings.pop(next(iter(self._greetings))).cancel()
+            serving = self._greetings[connection] = self._start_task(self._serve(connection))
+            # Not in `_serve`: a task that is cancelled before its first step runs nothing.
+            serving.add_done_callback(lambda _, connection=connection: self._hang_up(connection))
 
     async def _serve(self, connection: socket.socket) -> None:
-        with connection:
-            connection.setblocking(False)
-            try:
-                async with asyncio.timeout(_PATIENCE_S):
-                    await self._greet(connection)
-                while True:
-                    await self._join_next(connection)
-            except (OSError, TimeoutError, EOFError) as error:
-                log.debug("a shared memory connection ended: %s", type(error).__name__)
+        connection.setblocking(False)
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                await self._greet(connection)
+            self._greetings.pop(connection, None)
+            while True:
+                await self._join_next(connection)
+        except (OSError, TimeoutError, EOFError) as error:
+            log.debug("a shared memory connection ended: %s", type(error).__name__)
+
+    def _hang_up(self, connection: socket.socket) -> None:
+        self._greetings.pop(connection, None)
+        connection.close()
 
     async def _greet(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -153,6 +168,13 @@ class ShmBlockServer:
         except TicketRefused:
             answer = b"\0"
         await asyncio.get_running_loop().sock_sendall(connection, answer)
+
+
+def _user_of(connection: socket.socket) -> int:
+    """The user of the process at the other end, as the kernel knows it."""
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    _, uid, _ = _PEER_CREDENTIALS.unpack(packed)
+    return uid
 
 
 async def _receive(connection: socket.socket, num_bytes: int) -> bytes:
@@ -192,6 +214,7 @@ class ShmBlockTransport:
         self._secret = secret
         self._link: _Link | None = None
         self._is_closed = False
+        self._lock = threading.Lock()  # between a connect on the join thread and `aclose` on the loop
         self._joins = ThreadPoolExecutor(1, thread_name_prefix="shm-join")
         self._copies = ThreadPoolExecutor(_NUM_COPY_THREADS, thread_name_prefix="shm-copy")
 
@@ -204,11 +227,12 @@ class ShmBlockTransport:
 
     async def aclose(self) -> None:
         """The mapping goes when the copy that may be under way has ended."""
-        self._is_closed = True
         self._joins.shutdown(wait=False)  # joins that still wait are refused, not cancelled: their callers were not
         self._copies.shutdown(wait=False)
-        if self._link is not None:
-            self._link.hang_up()
+        with self._lock:
+            self._is_closed = True
+            if self._link is not None:
+                self._link.hang_up()
 
     def _join(self, ticket: bytes, boot_id: bytes) -> _Link:
         """On the join thread: connect if need be, then one round trip."""
@@ -218,7 +242,8 @@ class ShmBlockTransport:
             raise TicketRefused("the ticket belongs to another incarnation of the worker")
         try:
             if self._link is None:
-                self._link = _connect(self._worker, self._secret)
+                self._keep(_connect(self._worker, self._secret))
+            assert self._link is not None
             self._link.join(ticket)
             return self._link
         except (OSError, EOFError) as error:
@@ -226,6 +251,13 @@ class ShmBlockTransport:
             if link is not None:
                 link.hang_up()
             raise TransportLost(f"shared memory socket: {type(error).__name__} {error}") from error
+
+    def _keep(self, link: _Link) -> None:
+        with self._lock:
+            if self._is_closed:
+                link.hang_up()
+                raise TransportLost("the transport is closed")
+            self._link = link
 
 
 class _Link:
@@ -280,6 +312,8 @@ def _map(connection: socket.socket, worker: pb.WorkerInfo, fds: Sequence[int], n
 
 def _mapped(fd: int, num_bytes: int) -> mmap.mmap:
     """Unmapped when the last array over it is gone."""
+    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        raise TransportLost("shared memory that is not sealed against shrinking")
     if os.fstat(fd).st_size < num_bytes:
         raise TransportLost(f"{os.fstat(fd).st_size} bytes of shared memory, expected {num_bytes}")  # else SIGBUS
     return mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)

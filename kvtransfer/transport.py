@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hmac
 import mmap
 import os
@@ -238,6 +239,14 @@ class BlockSource:
         return block
 
 
+def sealed_memory(name: str, num_bytes: int) -> int:
+    """A memfd of a size that nobody can change any more: a reader of what was cut off would be killed (SIGBUS)."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, num_bytes)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
+
+
 NOT_PUBLISHED = 2**64 - 1
 """Entry of the generation table for a block that no open ticket has published."""
 
@@ -249,8 +258,7 @@ class GenerationTable:
     """
 
     def __init__(self, num_blocks: int) -> None:
-        self.fd = os.memfd_create("baton-generations", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, max(1, num_blocks) * 8)
+        self.fd = sealed_memory("baton-generations", max(1, num_blocks) * 8)
         self._map = mmap.mmap(self.fd, max(1, num_blocks) * 8)
         self._words = memoryview(self._map).cast("Q")
         for block_id in range(num_blocks):

@@ -15,11 +15,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import grpc.aio
 import numpy as np
 import pytest
 
-from kvtransfer import rpc
+from kvtransfer import rpc, shm_transport
 from kvtransfer.auth import Secret, SecretInterceptor
 from kvtransfer.digest import block_digest
 from kvtransfer.errors import PullError, TicketRefused, TransportLost
@@ -27,7 +28,7 @@ from kvtransfer.grpc_transport import GrpcBlockServer, GrpcBlockTransport
 from kvtransfer.memory_transport import MemoryBlockTransport
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.shm_transport import ShmBlockServer, ShmBlockTransport, is_available
-from kvtransfer.transport import BlockRead, BlockSource, BlockTransport, SourceBlock
+from kvtransfer.transport import BlockRead, BlockSource, BlockTransport, SourceBlock, sealed_memory
 
 BLOCK_BYTES = (1 << 20) + 4096  # more than one piece, and not a multiple of it
 NUM_BLOCKS = 8
@@ -46,8 +47,7 @@ class Memory:
 def memory() -> Memory:
     import mmap
 
-    fd = os.memfd_create("test-kv")
-    os.ftruncate(fd, NUM_BLOCKS * BLOCK_BYTES)
+    fd = sealed_memory("test-kv", NUM_BLOCKS * BLOCK_BYTES)
     view = memoryview(mmap.mmap(fd, NUM_BLOCKS * BLOCK_BYTES))
     view[:] = np.random.default_rng(0).integers(0, 256, NUM_BLOCKS * BLOCK_BYTES, np.uint8).data
     yield Memory(fd, view)
@@ -383,3 +383,105 @@ async def test_shm_does_not_take_a_late_answer_for_the_next_ticket(source: Block
             connection.settimeout(1.0)
         with pytest.raises(TicketRefused):
             await transport.open(secrets.token_bytes(16), source.boot_id)
+
+
+async def test_shm_serves_nobody_of_another_user(
+    source: BlockSource, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with _shm_pair(source, memory) as transport:
+        ticket, _ = _published(source, [1])
+        monkeypatch.setattr("kvtransfer.shm_transport.os.geteuid", lambda: os.getuid() + 1)
+        with pytest.raises(TransportLost):
+            await transport.open(ticket, source.boot_id)
+
+
+async def test_shm_callers_that_say_nothing_keep_no_worker_out(source: BlockSource, memory: Memory) -> None:
+    """256 of them did, for two seconds."""
+    async with _shm_pair(source, memory) as transport:
+        name = transport._worker.shared_memory_socket
+        with contextlib.ExitStack() as mutes:
+            for _ in range(300):
+                mute = mutes.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                mute.setblocking(False)
+                await asyncio.get_running_loop().sock_connect(mute, f"\0{name}")
+            ticket, _ = _published(source, [1])
+            await (await transport.open(ticket, source.boot_id)).aclose()
+
+
+async def test_shm_memory_that_could_shrink_under_its_reader_is_refused(source: BlockSource, memory: Memory) -> None:
+    """A read behind the end of a file that shrank kills the reader (SIGBUS)."""
+    for fd in (memory.fd, source.generation_table.fd):
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, 0)
+    unsealed = os.memfd_create("unsealed")
+    os.ftruncate(unsealed, NUM_BLOCKS * BLOCK_BYTES)
+    async with _shm_pair(source, Memory(unsealed, memory.view)) as transport:
+        with pytest.raises(TransportLost, match="sealed"):
+            await transport.open(_published(source, [1])[0], source.boot_id)
+    os.close(unsealed)
+
+
+async def test_shm_connections_made_while_the_transport_closes_are_hung_up(
+    source: BlockSource, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_connect, is_connecting = threading.Event(), threading.Event()
+    links = []
+
+    def late_connect(worker: pb.WorkerInfo, secret: Secret) -> object:
+        is_connecting.set()
+        may_connect.wait(5.0)
+        links.append(connect(worker, secret))
+        return links[0]
+
+    connect = shm_transport._connect
+    monkeypatch.setattr(shm_transport, "_connect", late_connect)
+    async with _shm_pair(source, memory) as transport:
+        opening = asyncio.create_task(transport.open(_published(source, [1])[0], source.boot_id))
+        await asyncio.to_thread(is_connecting.wait, 5.0)
+        await transport.aclose()
+        may_connect.set()
+        with pytest.raises(TransportLost):
+            await opening
+    assert links[0].mapped is None
+    assert links[0]._connection.fileno() == -1
+
+
+# ------------------------------------------------------------------ no wait without an end
+
+
+async def test_grpc_gives_up_a_prefill_worker_that_does_not_answer_a_join(source: BlockSource) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        transport = GrpcBlockTransport(f"127.0.0.1:{mute.getsockname()[1]}", SECRET, BLOCK_BYTES, join_s=0.2)
+        with pytest.raises(TransportLost, match=r"DEADLINE_EXCEEDED|UNAVAILABLE"):
+            await transport.open(secrets.token_bytes(16), source.boot_id)
+        await transport.aclose()
+
+
+async def test_grpc_ends_a_pull_that_nobody_reads(source: BlockSource) -> None:
+    class Stuck:
+        """A decode worker whose receive window is full."""
+
+        ended: tuple[grpc.StatusCode, str] | None = None
+
+        async def write(self, piece: bytes) -> None:
+            await asyncio.Event().wait()
+
+        async def abort(self, code: grpc.StatusCode, details: str) -> None:
+            self.ended = code, details
+
+    ticket, _ = _published(source, [1])
+    context = Stuck()
+    request = pb.PullBlocks(ticket=ticket, boot_id=source.boot_id, path=b"p" * 16, indices=[0])
+    async with asyncio.timeout(5):
+        await GrpcBlockServer(source, pull_s=0.05).pull(request, context)
+    assert context.ended is not None
+    assert context.ended[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_grpc_ticket_is_bound_to_the_path_that_joined_it(source: BlockSource) -> None:
+    ticket, _ = _published(source, [1])
+    source.join(ticket, source.boot_id, b"p" * 16)
+    source.join(ticket, source.boot_id, b"p" * 16)
+    for other in (b"q" * 16, b""):
+        with pytest.raises(TicketRefused):
+            source.join(ticket, source.boot_id, other)

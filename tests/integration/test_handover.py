@@ -26,7 +26,7 @@ from kvtransfer.prefill_side import HeldTokens, PrefillLimits
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.rpc import DATA_OPTIONS
 from kvtransfer.shm_transport import ShmBlockServer, host_id
-from kvtransfer.transport import BlockSource
+from kvtransfer.transport import BlockSource, sealed_memory
 
 BLOCK_SIZE = 4
 BLOCK_BYTES = 4096
@@ -38,8 +38,7 @@ class PrefillWorker:
     """A prefill worker with a fake engine and everything else real."""
 
     def __init__(self, port: int = 0) -> None:
-        self.fd = os.memfd_create("kv")
-        os.ftruncate(self.fd, NUM_BLOCKS * BLOCK_BYTES)
+        self.fd = sealed_memory("kv", NUM_BLOCKS * BLOCK_BYTES)
         self.memory = memoryview(mmap.mmap(self.fd, NUM_BLOCKS * BLOCK_BYTES))
         self.source = BlockSource(self.memory, BLOCK_BYTES, secrets.token_bytes(16))
         self.backend = FakePrefillBackend(NUM_BLOCKS, BLOCK_SIZE, self._fill)
