@@ -8,10 +8,10 @@ ARGS ?=
 # Paths that pyright and ruff look at come from pyproject.toml.
 .DEFAULT_GOAL := help
 
-.PHONY: help env model up down test lint format bench soak proto clean
+.PHONY: help env model cluster-tools up down test lint format bench soak proto clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 env: ## make or refresh .venv (a second run takes milliseconds)
 	@scripts/setup_env.sh
@@ -19,13 +19,16 @@ env: ## make or refresh .venv (a second run takes milliseconds)
 model: env ## download SmolLM2-135M-Instruct (93 MB) into the model cache, once
 	@$(PYTHON) -m baton pull smollm2
 
+cluster-tools: env ## build what tests against Kubernetes run (about 20 minutes, once), or say why they will be skipped
+	@$(PYTHON) -m tests.cluster.build
+
 up: env ## start gateway, one prefill and one decode worker with SmolLM2; Ctrl-C stops all of it
 	@$(PYTHON) -m baton up $(ARGS)
 
 down: env ## stop what `make up` started
 	@$(PYTHON) -m baton down $(ARGS)
 
-test: env model ## every test but the soak
+test: env model cluster-tools ## every test but the soak
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PYTHON) -m pytest -n $(TEST_WORKERS) -m "not soak" $(ARGS)
 
 lint: env ## formatting, lint, types, layers
@@ -41,7 +44,7 @@ format: env ## let ruff put the source in order
 bench: env model ## measure; figures with commands belong into docs/log.md
 	@$(PYTHON) -m bench $(ARGS)
 
-soak: env model ## hundreds of kills; prints run/total
+soak: env model cluster-tools ## hundreds of kills; prints run/total
 	@$(PYTHON) -m pytest -m soak -s --timeout 0 $(ARGS)
 
 proto: env ## generate kvtransfer/protocol/baton_pb2*.py again after a change of baton.proto

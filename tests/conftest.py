@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-_WITH_PROCESSES = {"integration", "e2e"}
+pytest_plugins = ["tests.cluster.fixtures"]
+_WITH_PROCESSES = {"integration", "e2e", "cluster"}
 
 
 @pytest.hookimpl(optionalhook=True)

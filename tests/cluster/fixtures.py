@@ -1,0 +1,39 @@
+"""Fixtures of the test cluster: one of each tier per test run, started when the first test asks.
+
+Tests that use them live in folders whose tests share one pytest-xdist worker (tests/conftest.py), or each worker would
+start its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster.errors import Unavailable
+from tests.cluster.kube import Cluster, NodeCluster
+from tests.cluster.launch import running
+
+
+@pytest.fixture(scope="session")
+def control_plane() -> Iterator[Cluster]:
+    """A real API server with real controllers, shared by the test run: use namespaces and names of your own."""
+    yield from _running_or_skip("control-plane")
+
+
+@pytest.fixture(scope="session")
+def node_cluster() -> Iterator[NodeCluster]:
+    """The same with a node that runs pods, Services and DNS, metrics included; shared by the test run."""
+    yield from _running_or_skip("node")
+
+
+def _running_or_skip(tier: str) -> Iterator[NodeCluster]:
+    cluster = running(tier)
+    try:
+        entered = cluster.__enter__()
+    except Unavailable as reason:
+        pytest.skip(f"{tier} tier: {reason}")
+    try:
+        yield entered
+    finally:
+        cluster.__exit__(None, None, None)

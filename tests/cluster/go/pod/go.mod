@@ -1,0 +1,3 @@
+module baton.dev/tests/cluster/pod
+
+go 1.25.0

@@ -1,0 +1,108 @@
+"""The control-plane tier: starts, works, and leaves nothing behind however it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import launch, runs
+from tests.cluster.errors import ClusterError, StartFailed, Unavailable
+from tests.cluster.holder import hold_a_cluster, processes_of, supervisor_of, until_gone
+from tests.cluster.kube import Cluster
+
+
+def test_an_applied_object_is_read_back(control_plane: Cluster) -> None:
+    control_plane.apply(_namespace("read-back"), _config_map("read-back", {"answer": "42"}))
+    assert control_plane.get("configmap", "settings", "-n", "read-back")["data"] == {"answer": "42"}
+
+
+def test_controllers_make_replica_sets_and_pods_of_a_deployment(control_plane: Cluster) -> None:
+    control_plane.apply(_namespace("controllers"), _deployment("controllers", replicas=2))
+
+    def num_pods() -> int:
+        return len(control_plane.get("pods", "-n", "controllers")["items"])
+
+    control_plane.wait_until("two pods", lambda: num_pods() == 2)
+    control_plane.kubectl("delete", "deployment", "web", "-n", "controllers")
+    control_plane.wait_until("pods collected", lambda: num_pods() == 0)
+
+
+def test_requests_are_in_the_audit_log(control_plane: Cluster) -> None:
+    assert control_plane.audit_log is not None
+    control_plane.apply(_namespace("audited"))
+    control_plane.wait_until("audited", lambda: '"name":"audited"' in (control_plane.audit_log or Path()).read_text())
+
+
+def test_kubectl_refusals_carry_its_words(control_plane: Cluster) -> None:
+    with pytest.raises(ClusterError, match='namespaces "nowhere" not found'):
+        control_plane.kubectl("get", "namespace", "nowhere")
+
+
+def test_nothing_is_left_when_the_test_run_is_killed(control_plane: Cluster) -> None:
+    """The supervisor sees the pipe close. The shared cluster beside it goes on."""
+    holder, run = hold_a_cluster("control-plane")
+    assert processes_of(run)
+    holder.kill()
+    holder.wait()
+    until_gone(run)
+    assert control_plane.kubectl("get", "--raw", "/readyz") == "ok"
+
+
+def test_next_start_removes_what_a_killed_supervisor_left(control_plane: Cluster) -> None:
+    """Killed together with its supervisor, a run leaves its folder and a live one is not touched by its cleaning."""
+    holder, run = hold_a_cluster("control-plane")
+    supervisor = supervisor_of(run)
+    supervisor.kill()
+    holder.kill()
+    holder.wait()
+    supervisor.wait(10.0)
+    assert (runs.root() / run).exists()
+    runs.clean_leftovers()
+    until_gone(run)
+    assert control_plane.kubectl("get", "--raw", "/readyz") == "ok"
+
+
+def test_a_part_that_ends_by_itself_is_named_at_the_end(control_plane: Cluster) -> None:
+    """A cluster of its own; the shared one goes on."""
+
+    def kill_etcd() -> None:
+        with launch.running("control-plane") as cluster:
+            (etcd,) = [process for process in processes_of(cluster.kubeconfig.parent.name) if process.name() == "etcd"]
+            etcd.kill()
+            cluster.wait_until("the end of the rest", lambda: not cluster.kubeconfig.exists())
+
+    with pytest.raises(StartFailed, match="etcd ended with status -9"):
+        kill_etcd()
+
+
+def test_an_existing_cluster_is_used_and_never_ended(
+    control_plane: Cluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("USE_EXISTING_CLUSTER", "true")
+    monkeypatch.setenv("KUBECONFIG", str(control_plane.kubeconfig))
+    with launch.running("node") as existing:
+        assert existing.kubectl("get", "--raw", "/readyz") == "ok"
+        with pytest.raises(Unavailable, match="BATON_LOAD_IMAGE"):
+            existing.import_image(tmp_path / "image.tar")
+    assert control_plane.kubectl("get", "--raw", "/readyz") == "ok"
+
+
+def _namespace(name: str) -> dict[str, object]:
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
+
+
+def _config_map(namespace: str, data: dict[str, str]) -> dict[str, object]:
+    metadata = {"name": "settings", "namespace": namespace}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}
+
+
+def _deployment(namespace: str, replicas: int) -> dict[str, object]:
+    labels = {"app": "web"}
+    pod = {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "web", "image": "none.test/web:1"}]}}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "web", "namespace": namespace},
+        "spec": {"replicas": replicas, "selector": {"matchLabels": labels}, "template": pod},
+    }
