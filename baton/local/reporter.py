@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -104,6 +106,16 @@ class RichReporter:
         self._progress.stop()
 
 
+def own_command() -> str:
+    """What to type for `baton` here: its name, or where it lies (`make up` activates nothing)."""
+    if shutil.which("baton"):
+        return "baton"
+    script = Path(sys.executable).with_name("baton")
+    if not script.exists():
+        return f"{sys.executable} -m baton"
+    return str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)
+
+
 def banner(ready: Ready) -> str:
     """What a newcomer can do now, to be copied."""
     header = ' -H "Authorization: Bearer $API_KEY"' if ready.needs_api_key else ""
@@ -112,6 +124,7 @@ def banner(ready: Ready) -> str:
     if ready.first_token is not None:
         request_ms = ready.first_token.seconds * 1e3
         first = f"{ready.seconds_to_first_token:.1f} s, the request's part {request_ms:.0f} ms"
+    baton = own_command()
     message = '[{"role": "user", "content": "Hello!"}]'
     body = f'{{"model": "{ready.model_id}", "stream": true, "max_tokens": {EXAMPLE_MAX_TOKENS}, "messages": {message}}}'
     return f"""
@@ -126,5 +139,6 @@ client = OpenAI(base_url="{ready.url}/v1", api_key={key})
 answer = client.chat.completions.create(model="{ready.model_id}", max_tokens={EXAMPLE_MAX_TOKENS}, messages={message})
 print(answer.choices[0].message.content)'
 
-  baton ps | baton scale decode 2 | baton logs | baton down       Ctrl-C stops everything
+  {baton} ps | {baton} scale decode 2 | {baton} logs
+  {baton} down or, in the foreground, Ctrl-C stops everything
 """

@@ -113,6 +113,24 @@ def test_the_banner_asks_for_bounded_answers() -> None:
     assert ", max_tokens=128" in said
 
 
+def test_the_banner_names_commands_that_can_be_typed_where_no_environment_is_active(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said() -> str:
+        return banner(Ready("http://h", "tiny", 3.0, 3.2, None, needs_api_key=False))
+
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    assert f"  {folder}/python -m baton ps | " in said()
+    (folder / "baton").touch(mode=0o755)
+    assert "  .venv/bin/baton ps | .venv/bin/baton scale" in said()
+    monkeypatch.setenv("PATH", str(folder))
+    assert "  baton ps | baton scale" in said()
+
+
 def test_the_banner_says_why_there_is_no_first_token() -> None:
     assert "holds digests only" in banner(Ready("http://h", "tiny", 3.0, 3.2, None, needs_api_key=True))
 
