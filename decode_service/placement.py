@@ -67,7 +67,13 @@ class LocalFacts:
 
 @dataclass(frozen=True, slots=True)
 class CandidateFacts:
-    """What the gateway last heard of a prefill worker."""
+    """What the gateway last heard of a prefill worker.
+
+    `predicted_queue_s` is the time for all tokens that wait there now, as if served in order of arrival. P serves by
+    deadline, so it is an upper bound for a prompt that is more urgent than those that wait (a short one), and exact for
+    one that is less urgent until more urgent ones come after it: those are not foreseen. Ageing bounds how many pass
+    (engine/queues.py). Too high a bound keeps a short prompt here, where it costs least.
+    """
 
     predicted_queue_s: float
     prefill_tokens_per_s: float

@@ -195,7 +195,7 @@ class Engine:
         """The decode worker has room for `num_blocks` more. Ignored for a key that ended.
 
         Chunks end at multiples of the chunk size, so a decode worker that grants in small windows must leave room for
-        the blocks of one chunk.
+        the blocks of one chunk (under the FCFS policy, of the whole prompt: it never splits one).
         """
         group = self._groups.get(key)
         if group is not None:

@@ -29,7 +29,7 @@ from engine.sequence_memory import SequenceMemory
 RETRY_STEPS = 8
 # Steps for which a promised prompt waits for running sequences to end before they are preempted for it.
 RESERVE_PATIENCE_STEPS = 32
-# Prompts that may be reserved while their decode worker has not granted credit: enough to hide a round trip.
+# Prompts that may be reserved while nothing of them can be computed for want of credit: enough to hide a round trip.
 MAX_UNCREDITED_PROMPTS = 8
 
 
@@ -96,6 +96,7 @@ class Scheduler:
         self._reserving: dict[int, Group] = {}
         self._num_reserve_refusals = 0
         self._refused_for = 0
+        self._prompt_refused_for = 0
 
     # ---------------------------------------------------------------- queues
 
@@ -107,6 +108,7 @@ class Scheduler:
     def enqueue_prompt(self, group: Group) -> None:
         """Queue a prompt for a transfer."""
         self._prompts.push(group)
+        self._prompt_refused_for = 0  # it may be the most urgent
 
     def join(self, sequence: ScheduledSequence) -> None:
         """Let a sequence run on: it decodes, or still has a log to compute."""
@@ -148,7 +150,7 @@ class Scheduler:
 
     def note_change(self) -> None:
         """Memory came back or the queue changed: look at refused requests again."""
-        self._refused_for = 0
+        self._refused_for = self._prompt_refused_for = 0
 
     # ---------------------------------------------------------------- what waits and runs
 
@@ -314,6 +316,9 @@ class Scheduler:
 
     def _start_prompts(self, plan: Plan) -> None:
         """Reserve whole prompts in order of urgency, a little ahead of what the next steps compute."""
+        if self._prompt_refused_for > 0:
+            self._prompt_refused_for -= 1
+            return
         while (group := self._prompts.most_urgent()) is not None and self._may_start(group):
             self._prompts.discard(group)
             self._start_prompt(group)
@@ -334,20 +339,31 @@ class Scheduler:
     def _may_start(self, group: Group) -> bool:
         """Whether enough prompts are begun already, counting only those that run before this one."""
         begun = [each for each in self.transfers.values() if self._prompts.urgency(each) < self._prompts.urgency(group)]
-        if sum(each.credit == 0 for each in begun) >= MAX_UNCREDITED_PROMPTS:
-            return False
-        credited = sum(each.leader.num_prompt_tokens - each.leader.num_computed_tokens for each in begun if each.credit)
-        if credited >= 2 * self._config.max_num_batched_tokens:
+        ready = [self._num_ready_tokens(each) for each in begun]
+        if ready.count(0) >= MAX_UNCREDITED_PROMPTS or sum(ready) >= 2 * self._config.max_num_batched_tokens:
             return False
         held, num_prompt_tokens = self.num_held_tokens, group.leader.num_prompt_tokens
         if held and held + num_prompt_tokens > self._config.max_held_tokens:
             return False
+        if self._has_memory_for(group):
+            return True
+        self._prompt_refused_for = RETRY_STEPS  # looking up a long prompt's blocks takes milliseconds
+        return False
+
+    def _has_memory_for(self, group: Group) -> bool:
+        num_prompt_tokens = group.leader.num_prompt_tokens
         matched = self._memory.match(group.leader, num_prompt_tokens)
         num_blocks = self._memory.blocks_for(num_prompt_tokens)
         if self._memory.num_missing(matched, num_blocks) > self._pool.num_available:
             return False
         is_alone = not self.decoding and not self.prefilling and not self.remote
         return is_alone or self._forecast.peak_with_fixed(num_blocks, matched) <= self._pool.num_blocks
+
+    def _num_ready_tokens(self, group: Group) -> int:
+        """How many tokens of a begun prompt its credit lets the next steps compute: 0 while its peer is waited for."""
+        start, allowed = group.leader.num_computed_tokens, self._credited_end(group)
+        end = self._policy.chunk_end(start, group.leader.target, max(allowed - start, 0))
+        return end - start if end <= allowed else 0
 
     def _start_prompt(self, group: Group) -> None:
         leader = group.leader

@@ -21,6 +21,7 @@ from engine.messages import (
 )
 from engine.policy import ChunkedPolicy, FcfsPolicy
 from engine.request import SamplingParams
+from engine.scheduler import RETRY_STEPS
 from tests.unit.engine_world import FakeClock, make_config, make_engine
 
 
@@ -301,6 +302,18 @@ def test_prompts_are_reserved_only_a_little_ahead_of_what_is_computed():
     assert started(engine) == [3]
 
 
+@pytest.mark.parametrize("policy", list(PolicyName))
+def test_a_long_prompt_that_waits_for_credit_lets_others_start(policy: PolicyName):
+    """Its decode worker grants a window at a time and is slow: the engine would stand idle."""
+    engine, _ = make_engine(policy=policy)
+    prefill(engine, 1, 60, due=1.0, credit=2)
+    prefill(engine, 2, 8, due=2.0)
+    assert started(engine, 3) == [1, 2]
+    assert engine.counters.prefill_tokens == (16 if policy is PolicyName.CHUNKED else 8), (
+        "two blocks of four are a chunk"
+    )
+
+
 def test_a_more_urgent_prompt_overtakes_a_long_one_in_progress():
     engine, _ = make_engine(num_blocks=64, max_model_len=128)
     watch = Watch(engine)
@@ -312,6 +325,26 @@ def test_a_more_urgent_prompt_overtakes_a_long_one_in_progress():
     assert watch.spans == [[(1, 0, 24)], [(2, 0, 8)], [(1, 24, 48)]], (
         "and a step ends with the prompt that it completes"
     )
+
+
+@pytest.mark.parametrize(("due", "num_later", "computed_before"), [(1.0, 0, 24), (20.0, 0, 120), (20.0, 3, 144)])
+def test_waiting_tokens_bound_the_queue_of_an_urgent_prompt_and_miss_those_that_pass_a_patient_one(
+    due: float, num_later: int, computed_before: int
+):
+    """120 tokens wait when the prompt comes: what the gateway predicts its queue from."""
+    engine, _ = make_engine(num_blocks=64, max_model_len=128)
+    watch = Watch(engine)
+    prefill(engine, 1, 120, due=9.0)
+    assert engine.load().num_waiting_tokens == 120
+    engine.step()
+    prefill(engine, 2, 8, due=due)
+    for key in range(3, 3 + num_later):
+        prefill(engine, key, 8, due=2.0)
+    all_events(engine)
+    before = next(index for index, spans in enumerate(watch.spans) if any(key == 2 for key, *_ in spans))
+    spans = [span for step in watch.spans[: before + 1] for span in step]
+    ahead = spans[: next(index for index, (key, *_) in enumerate(spans) if key == 2)]
+    assert sum(end - start for _, start, end in ahead) == computed_before
 
 
 def test_prompts_shorter_than_a_chunk_share_a_step():
@@ -345,6 +378,34 @@ def test_published_and_unreleased_tokens_are_capped():
     assert started(engine, 4) == [1]
     engine.release_transfer(1, ok=True)
     assert started(engine) == [2]
+
+
+def test_prompts_that_wait_for_memory_are_not_looked_up_in_every_step(monkeypatch: pytest.MonkeyPatch):
+    engine, _ = make_engine(num_blocks=7, max_model_len=28)
+    prefill(engine, 1, 16, due=1.0)
+    for key in range(2, 50):
+        prefill(engine, key, 16, due=float(key))
+    engine.step()
+    looked_up: list[int] = []
+    match = engine._memory.match
+    monkeypatch.setattr(
+        engine._memory, "match", lambda each, target: looked_up.append(each.request_key) or match(each, target)
+    )
+    for _ in range(3 * (RETRY_STEPS + 1)):
+        engine.step()
+    assert 1 <= len(looked_up) <= 3
+    assert set(looked_up) == {2}, "the most urgent alone"
+    engine.release_transfer(1, ok=True)
+    assert started(engine) == [2], "and at once when memory comes back"
+
+
+def test_a_more_urgent_prompt_that_fits_does_not_wait_for_the_next_look():
+    engine, _ = make_engine(num_blocks=7, max_model_len=28)
+    prefill(engine, 1, 16, due=1.0)
+    prefill(engine, 2, 16, due=2.0)
+    assert started(engine, 2) == [1]
+    prefill(engine, 3, 4, due=1.5)
+    assert started(engine) == [3]
 
 
 def test_a_prompt_starts_only_with_its_whole_need_reserved():
