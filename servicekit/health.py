@@ -136,7 +136,7 @@ class HealthState:
     def _close_phase(self) -> None:
         now = self._clock()
         if self.phase:
-            self.phase_seconds[self.phase] = now - self._phase_at
+            self.phase_seconds[self.phase] = round(now - self._phase_at, 3)
         self._phase_at = now
 
 
