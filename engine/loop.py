@@ -95,15 +95,6 @@ class EngineThread:
         """The newest snapshot, at most LOAD_PERIOD_S old while the engine runs. Thread-safe."""
         return self._load
 
-    @property
-    def step_counter(self) -> int:
-        """Steps so far: while work is pending it must move. Thread-safe."""
-        return self._engine.counters.steps
-
-    @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
-
     # ---------------------------------------------------------------- on the thread
 
     def _run(self) -> None:

@@ -102,8 +102,7 @@ class CpuRunner:
         self._backend.close()
 
     def _pack(self, batch: Batch) -> StepArrays:
-        step = pack_step(batch, self._rope, self._config.vocab_size)
-        return step
+        return pack_step(batch, self._rope, self._config.vocab_size)
 
 
 class _Backend(Protocol):

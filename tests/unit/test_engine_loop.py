@@ -48,7 +48,7 @@ def test_a_submitted_request_is_served_and_the_thread_sleeps_again():
                 assert isinstance(event, TokenEvent)
                 tokens.append(event.token.token_id)
             assert tokens == expected_output((1, 2, 3), SAMPLING, vocab_size=VOCAB_SIZE)
-        assert running.thread.step_counter == 12
+        assert running.thread.submit(lambda engine: engine.counters.steps).result(5.0) == 12
         assert running.thread.submit(Engine.load).result(5.0).num_running == 0
 
 
@@ -86,7 +86,7 @@ def test_a_failed_step_is_reported_once_and_nothing_is_taken_afterwards():
         running.thread.submit(lambda engine: start(engine, 1)).result(5.0)
         assert "device lost" in str(running.crashes.get(timeout=5.0))
         running.thread._thread.join(5.0)
-        assert not running.thread.is_alive
+        assert not running.thread._thread.is_alive()
         assert running.crashes.empty()
         with pytest.raises(EngineCrashed):
             running.thread.submit(lambda engine: engine.load())
