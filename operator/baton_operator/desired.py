@@ -466,6 +466,7 @@ class _Maker:
             yield self.named("monitoring.coreos.com/v1", "ServiceMonitor", "", "gateway") | {
                 "spec": {
                     "selector": {"matchLabels": {SERVICE_LABEL: self.name}},
+                    "targetLabels": [SERVICE_LABEL, COMPONENT_LABEL],  # what the chart's dashboards select by
                     "endpoints": [{"port": port, "path": "/metrics", "interval": "15s"} for port in ("http", "health")],
                 }
             }
