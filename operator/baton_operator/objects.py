@@ -51,6 +51,18 @@ def ref_of(manifest: Manifest) -> Ref:
     return Ref(manifest["apiVersion"], manifest["kind"], manifest["metadata"]["name"])
 
 
+def status_of(body: Manifest | None) -> Manifest:
+    """The status of a live object; empty where it has none yet."""
+    found: Manifest | None = (body or {}).get("status")
+    return found or {}
+
+
+def is_owned(body: Manifest, uid: str) -> bool:
+    """Whether the object is controlled by the LLMService of this uid."""
+    owners = body["metadata"].get("ownerReferences") or ()
+    return any(owner.get("uid") == uid and owner.get("controller") for owner in owners)
+
+
 @dataclass(frozen=True, slots=True)
 class RandomSecret:
     """A Secret whose values are drawn once, when it does not exist, and never written again.
@@ -125,6 +137,7 @@ class GatewayReport:
 
     address: str
     serving_revision: str | None
+    is_registry_connected: bool = True
 
 
 @dataclass(frozen=True, slots=True)

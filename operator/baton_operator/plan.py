@@ -11,11 +11,39 @@ when, and which one failed. It is written with the resourceVersion that was read
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from baton_operator.objects import FIELD_MANAGER, Desired, Manifest, Observed, RandomSecret, Ref
+from baton_operator.drift import differs, stamped
+from baton_operator.objects import (
+    API_VERSION,
+    FIELD_MANAGER,
+    HASH_ANNOTATION,
+    SEED_MANAGER,
+    SERVICE_KIND,
+    Desired,
+    DesiredPool,
+    Manifest,
+    Observed,
+    ProbeReport,
+    RandomSecret,
+    Ref,
+    is_owned,
+    ref_of,
+    status_of,
+)
+from baton_operator.rollout import (
+    Rollout,
+    Workers,
+    advance,
+    gather_facts,
+    read_rollout,
+    trial_probe,
+    trial_sizes,
+    worker_counts,
+)
+from baton_operator.status import Situation, pool_status, service_status
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +138,258 @@ Step: TypeAlias = Apply | MakeSecret | Scale | Delete | Probe | AskGateways | Ev
 """In order. Everything but Probe, AskGateways, Event and RequeueAfter mutates."""
 
 
+PROBE_RETRY_S = 5.0
+PROBE_INTERVAL_S = 120.0  # of a service at rest
+ASK_INTERVAL_S = 2.0  # while gateways take up a new serving revision; kubelets bring it to them within a minute or so
+TAKEN_RETRY_S = 10.0
+
+
 def plan(desired: Desired, observed: Observed, now: float) -> tuple[Step, ...]:
     """What to do now. `now` is wall-clock seconds: the rollout's start is kept in the cluster."""
-    raise NotImplementedError
+    if observed.service["metadata"].get("deletionTimestamp"):
+        return ()  # the garbage collector has the rest
+    return _Planner(desired, observed, now).plan()
+
+
+class _Planner:
+    """One pass. Steps are collected in the order in which they are carried out."""
+
+    def __init__(self, desired: Desired, observed: Observed, now: float) -> None:
+        self.desired = desired
+        self.observed = observed
+        self.now = now
+        self.facts = gather_facts(desired, observed)
+        self.before = read_rollout(observed.objects.get(ref_of(desired.routing)), desired, observed, self.facts)
+        self.rollout = advance(self.before, desired, self.facts, now)
+        self.counts = worker_counts(self.rollout, desired, self.facts)
+        self.leaving = sorted(self.facts.revisions - {revision for revision, _ in self.counts})
+        self.steps: list[Step] = []
+        self.refused = [f"{failure.ref}: {failure.message}" for failure in observed.failures]
+        self.wakes: list[RequeueAfter] = []
+
+    def plan(self) -> tuple[Step, ...]:
+        self._make_secrets()
+        for manifest in self.desired.before:
+            self._apply(manifest)
+        self._keep_pools()
+        self._keep_routing()
+        self._shrink_workers()
+        self._let_go()
+        self._grow_workers()
+        self._apply(self.desired.gateway)
+        for manifest in self.desired.after:
+            self._apply(manifest)
+        self._prune()
+        self._ask()
+        self._tell()
+        return (*self.steps, *sorted(self.wakes, key=lambda wake: wake.seconds)[:1])
+
+    # ------------------------------------------------------------ objects
+
+    def _make_secrets(self) -> None:
+        for secret in self.desired.secrets:
+            live = self.observed.objects.get(ref_of(secret.manifest))
+            if live is None:
+                self.steps.append(MakeSecret(secret, "missing"))
+            else:
+                self._is_ours(ref_of(secret.manifest), live)
+
+    def _apply(self, manifest: Manifest, *, resource_version: str | None = None) -> None:
+        """Apply unless it is there and the same."""
+        ref, wanted = ref_of(manifest), stamped(manifest)
+        live = self.observed.objects.get(ref)
+        if live is None:
+            self.steps.append(Apply(wanted, "missing", is_new=True))
+        elif self._is_ours(ref, live) and differs(wanted, live):
+            if resource_version is not None:
+                wanted["metadata"]["resourceVersion"] = resource_version
+            was = live["metadata"].get("annotations", {}).get(HASH_ANNOTATION)
+            is_changed = was != wanted["metadata"]["annotations"][HASH_ANNOTATION]
+            self.steps.append(Apply(wanted, "changed" if is_changed else "edited by somebody else"))
+
+    def _is_ours(self, ref: Ref, live: Manifest) -> bool:
+        """Whether the object may be changed: it is this service's and is not being deleted."""
+        if not is_owned(live, self.desired.uid):
+            self.refused.append(f"{ref}: there is one that this service does not own; delete it or rename the service")
+            self.wakes.append(RequeueAfter(TAKEN_RETRY_S, f"{ref} is taken"))
+            return False
+        return not live["metadata"].get("deletionTimestamp")
+
+    def _keep_pools(self) -> None:
+        """Replicas of a pool have one writer. Who scales a pool that the service leaves open is never written over."""
+        for pool in self.desired.pools.values():
+            ref = ref_of(pool.pool)
+            live = self.observed.objects.get(ref)
+            if pool.replicas is not None:
+                self._apply({**pool.pool, "spec": {**pool.pool["spec"], "replicas": pool.replicas}})
+                continue
+            asked = live["spec"].get("replicas") if live is not None else None
+            if asked is not None and live is not None and _owns_replicas(live):
+                self._seed(pool, asked, "let go of replicas")  # first: a field that nobody owns any more is removed
+            self._apply(pool.pool)
+            if asked is None:
+                self._seed(pool, pool.seed, "nobody has scaled it yet")
+
+    def _seed(self, pool: DesiredPool, replicas: int, reason: str) -> None:
+        metadata = {key: pool.pool["metadata"][key] for key in ("name", "namespace")}
+        manifest = {**pool.pool, "metadata": metadata, "spec": {"replicas": replicas}}
+        live = self.observed.objects.get(ref_of(pool.pool))
+        if live is None or self._is_ours(ref_of(pool.pool), live):
+            self.steps.append(Apply(manifest, reason, manager=SEED_MANAGER))
+
+    def _keep_routing(self) -> None:
+        live = self.observed.objects.get(ref_of(self.desired.routing))
+        version = live["metadata"]["resourceVersion"] if live is not None else None
+        self._apply({**self.desired.routing, "data": self.rollout.data()}, resource_version=version)
+        self.steps.extend(_rollout_events(self.before, self.rollout))
+
+    # ------------------------------------------------------------ workers
+
+    def _shrink_workers(self) -> None:
+        """Fewer workers first: what they free, others get in a later pass."""
+        self._set_workers(lambda workers, count: workers is not None and count < workers.wanted)
+
+    def _grow_workers(self) -> None:
+        self._set_workers(lambda workers, count: workers is None or count >= workers.wanted)
+
+    def _set_workers(self, is_due: Callable[[Workers | None, int], bool]) -> None:
+        for (revision, role), count in sorted(self.counts.items()):
+            workers = self.facts.of(revision, role)
+            if not is_due(workers, count):
+                continue
+            if revision == self.desired.revision:
+                manifest = self.desired.pools[role].deployment
+                self._apply({**manifest, "spec": {**manifest["spec"], "replicas": count}})
+            elif workers is not None and workers.wanted != count:
+                self.steps.append(_scale(workers, count, f"revision {revision} should have {count}"))
+
+    def _let_go(self) -> None:
+        """Revisions that neither serve nor are on trial: none may leave while a gateway may still send to it."""
+        if not self.leaving:
+            return
+        if not self._all_gateways_follow():
+            words = f"gateways should serve {self.rollout.serving} before {', '.join(self.leaving)} may go"
+            self._ask_gateways(words)
+            self.wakes.append(RequeueAfter(ASK_INTERVAL_S, words))
+            return
+        for (revision, _), workers in sorted(self.facts.workers.items()):
+            if revision not in self.leaving:
+                continue
+            if workers.wanted > 0:
+                self.steps.append(_scale(workers, 0, f"revision {revision} drains"))
+            elif workers.current == 0 and workers.is_settled:
+                words = f"revision {revision} has drained"
+                self.steps.append(Delete(workers.ref, workers.uid, workers.resource_version, words))
+
+    def _all_gateways_follow(self) -> bool:
+        """Whether every ready gateway said, since the last change, that it serves what it should."""
+        ready = self._num_ready_gateways()
+        if ready == 0:
+            return True  # nobody sends anything
+        if self.observed.gateways_at < self.rollout.since:
+            return False
+        serving = [report.serving_revision for report in self.observed.gateways if report.serving_revision is not None]
+        return len(serving) >= ready and all(revision == self.rollout.serving for revision in serving)
+
+    def _num_ready_gateways(self) -> int:
+        return int(status_of(self.observed.objects.get(ref_of(self.desired.gateway))).get("readyReplicas", 0))
+
+    def _prune(self) -> None:
+        """What was desired once. Only at rest: workers of an older revision may still mount or reach it."""
+        if self.leaving or self.rollout.serving != self.desired.revision:
+            return
+        wanted = {ref_of(manifest) for manifest in self.desired.manifests}
+        wanted |= {ref_of(secret.manifest) for secret in self.desired.secrets}
+        workers = {found.ref for found in self.facts.workers.values()}
+        for ref, live in sorted(self.observed.objects.items()):
+            metadata = live["metadata"]
+            if ref in wanted | workers or not is_owned(live, self.desired.uid) or metadata.get("deletionTimestamp"):
+                continue
+            self.steps.append(Delete(ref, metadata["uid"], metadata["resourceVersion"], "no longer asked for"))
+
+    # ------------------------------------------------------------ probes
+
+    def _ask(self) -> None:
+        """Probe what is on trial, else what serves; wake up in time for the next one and for the deadline."""
+        rollout, facts = self.rollout, self.facts
+        if rollout.candidate is not None:
+            left = rollout.since + self.desired.progress_deadline_s - self.now
+            self.wakes.append(RequeueAfter(max(left, PROBE_RETRY_S), f"deadline of revision {rollout.candidate}"))
+        if self._num_ready_gateways() == 0:
+            return
+        if rollout.candidate is not None and facts.is_up(rollout.candidate, trial_sizes(self.desired, facts)):
+            self._probe(rollout.candidate, trial_probe(rollout, facts), "on trial")
+        elif facts.has_pair(rollout.serving):
+            self._probe(rollout.serving, facts.probes.get(rollout.serving), "is it routable?")
+
+    def _probe(self, revision: str, last: ProbeReport | None, reason: str) -> None:
+        interval = PROBE_INTERVAL_S if last is not None and last.is_ok else PROBE_RETRY_S
+        wait = 0.0 if last is None else last.at + interval - self.now
+        if 0 < wait <= interval:  # more than that: the clock was set back
+            self.wakes.append(RequeueAfter(wait, f"next probe of revision {revision}"))
+            return
+        is_remote = self.desired.mode != "Never" and self.facts.sizes["prefill"] > 0
+        self.steps.append(Probe(revision, is_remote, reason))
+        self._ask_gateways("do they reach their registry?")
+        self.wakes.append(RequeueAfter(interval, f"next probe of revision {revision}"))
+
+    def _ask_gateways(self, reason: str) -> None:
+        if not any(isinstance(step, AskGateways) for step in self.steps):
+            self.steps.append(AskGateways(reason))
+
+    # ------------------------------------------------------------ status
+
+    def _tell(self) -> None:
+        situation = Situation(
+            self.desired, self.observed, self.facts, self.rollout, tuple(self.leaving), tuple(self.refused)
+        )
+        for role, pool in self.desired.pools.items():
+            ref = ref_of(pool.pool)
+            live = self.observed.objects.get(ref)
+            status = pool_status(situation, role)
+            if live is not None and is_owned(live, self.desired.uid) and status_of(live) != status:
+                self.steps.append(Status(ref, status))
+        old, new = status_of(self.observed.service), service_status(situation, self.now)
+        if old != new:
+            self.steps.append(Status(Ref(API_VERSION, SERVICE_KIND, self.desired.name), new))
+            self.steps.extend(_condition_events(old, new))
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _scale(workers: Workers, replicas: int, reason: str) -> Scale:
+    return Scale(workers.ref, replicas, workers.uid, workers.resource_version, reason)
+
+
+def _owns_replicas(live: Manifest) -> bool:
+    """Whether our own apply states spec.replicas of the pool."""
+    for entry in live["metadata"].get("managedFields", ()):
+        if entry.get("manager") == FIELD_MANAGER and "f:replicas" in entry.get("fieldsV1", {}).get("f:spec", {}):
+            return True
+    return False
+
+
+def _rollout_events(before: Rollout | None, after: Rollout) -> Iterator[Event]:
+    if before is None:
+        yield Event("Normal", "FirstRevision", f"revision {after.serving} is the first one")
+        return
+    if after.candidate not in (None, before.candidate):
+        yield Event("Normal", "TrialStarted", f"revision {after.candidate} is on trial beside {after.serving}")
+    if after.serving != before.serving:
+        yield Event("Normal", "RevisionServes", f"requests go to revision {after.serving}, {before.serving} drains")
+    if after.failed not in (None, before.failed):
+        yield Event("Warning", "RolledBack", f"revision {after.failed} was rolled back: {after.failure}")
+
+
+def _condition_events(old: Manifest, new: Manifest) -> Iterator[Event]:
+    """When Ready or Degraded changes, and why."""
+    before = {found["type"]: found.get("status") for found in old.get("conditions") or ()}
+    for found in new["conditions"]:
+        kind, status = found["type"], found["status"]
+        if kind in ("Ready", "Degraded") and status != before.get(kind, "False"):
+            is_good = status == ("True" if kind == "Ready" else "False")
+            reason = {("Ready", "True"): "Ready", ("Degraded", "False"): "Recovered"}.get(
+                (kind, status), found["reason"]
+            )
+            yield Event("Normal" if is_good else "Warning", reason, found["message"])
