@@ -105,6 +105,9 @@ class GatewayMetrics:
         self.paths = counter("baton_gateway_prefill_path", "Where prompts were prefilled, and why", paths)
         self.http = counter("baton_gateway_http_responses", "Responses by route and status", ("route", "status"))
         self.disconnects = counter("baton_gateway_client_disconnects", "Clients gone or cut", ("reason",))
+        self.housekeeping_failures = counter(
+            "baton_gateway_housekeeping_failures", "Parts of the upkeep that failed: bugs"
+        )
         self.stream_ends = counter("baton_gateway_stream_ends", "Generate streams that ended", ("reason",))
 
     def gauge(self, name: str, text: str, read: Callable[[], float], *, is_vllm: bool = False) -> None:

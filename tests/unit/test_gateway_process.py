@@ -11,11 +11,15 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from gateway.fake_model import write_fake_model
 from gateway.keys import ApiKeys, cache_salt
+from gateway.metrics import GatewayMetrics
+from gateway.process import keep_house_once
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +53,33 @@ def test_help_names_the_flags_and_imports_nothing_slow() -> None:
 def test_the_whole_gateway_runs_without_torch_and_transformers() -> None:
     done = python("-c", "import sys, gateway.process; assert not {'torch', 'transformers'} & set(sys.modules)")
     assert done.returncode == 0, done.stderr
+
+
+class _Broken:
+    """A gateway whose upkeep fails in one part."""
+
+    def __init__(self) -> None:
+        self.metrics = GatewayMetrics("model")
+        self.num_refreshes = 0
+        self.services = SimpleNamespace(pool=SimpleNamespace(routing_file=SimpleNamespace(refresh=self._refresh)))
+
+    def cut_stalled_clients(self, now: float) -> None:
+        raise ZeroDivisionError
+
+    def _refresh(self) -> None:
+        self.num_refreshes += 1
+
+
+def test_a_bug_in_one_part_of_the_upkeep_is_logged_and_counted_and_stops_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The task ended unseen with its first exception: no client that stopped reading was ever cut again."""
+    gateway = _Broken()
+    for now in (1.0, 2.0):
+        keep_house_once(cast(Any, gateway), now)
+    assert gateway.num_refreshes == 2
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 2
+    assert b"baton_gateway_housekeeping_failures_total 2.0" in gateway.metrics.render()
 
 
 def test_an_unknown_flag_and_a_missing_model_are_refused() -> None:
