@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 
 from gateway import dialect, responses
-from gateway.dialect import ChatBody, CompletionBody, DetokenizeBody, ModelLimits, TokenizeBody
+from gateway.dialect import ChatBody, CompletionBody, DetokenizeBody, ModelLimits, ProbeBody, TokenizeBody
 from gateway.errors import (
     BodyTooLarge,
     BodyTooSlow,
@@ -38,8 +38,10 @@ from gateway.generation import Generation, GenerationRequest
 from gateway.http_protocol import ABORT
 from gateway.keys import ApiKeys, cache_salt
 from gateway.metrics import GatewayMetrics
+from gateway.probe import Prober
 from gateway.responses import CollectSink, Outbox, ResponseFormat, StreamSink, Style
 from gateway.serve import Services, serve
+from gateway.status import status_of
 from gateway.text import TextService
 from kvtransfer.protocol import baton_pb2 as pb
 from servicekit.health import HealthState, health_routes
@@ -127,7 +129,12 @@ def build_app(gateway: Gateway, *, is_internal: bool = False) -> Edge:
         *health_routes(gateway.health, gateway.metrics.render),
     ]
     if is_internal:
-        routes.append(Route("/internal/workers", simple.workers))
+        internal = InternalEndpoints(gateway)
+        routes += [
+            Route("/internal/workers", internal.workers),
+            Route("/internal/status", internal.status),
+            Route("/internal/probe", internal.probe, methods=["POST"]),
+        ]
     return Edge(Router(routes, default=_not_found), gateway, is_internal)
 
 
@@ -598,15 +605,6 @@ class SimpleEndpoints:
     async def version(self, request: Request) -> Response:
         return _json({"version": self._gateway.version})
 
-    async def workers(self, request: Request) -> Response:
-        pool = self._gateway.services.pool
-        return _json(
-            {
-                "decode": [_worker_json(state) for state in pool.decode_states()],
-                "prefill": [_worker_json(state) for state in pool.prefill_states()],
-            }
-        )
-
     def _card(self) -> dict[str, Any]:
         gateway = self._gateway
         return {
@@ -625,9 +623,34 @@ class SimpleEndpoints:
         return any(not state.is_draining for state in self._gateway.services.pool.decode_states())
 
 
+class InternalEndpoints:
+    """Paths of the internal port alone: the operator's and the tests' view."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._pool = gateway.services.pool
+        self._prober = Prober(self._pool, gateway.text, gateway.limits)
+
+    async def workers(self, request: Request) -> Response:
+        return _json(
+            {
+                "decode": [_worker_json(state) for state in self._pool.decode_states()],
+                "prefill": [_worker_json(state) for state in self._pool.prefill_states()],
+            }
+        )
+
+    async def status(self, request: Request) -> Response:
+        return _json(status_of(self._pool))
+
+    async def probe(self, request: Request) -> Response:
+        """200 whether or not the revision answered; `ok` says which."""
+        body, _ = dialect.parse(ProbeBody, await read_json(request.scope, request.receive))
+        return _json((await self._prober.probe(body.revision)).body())
+
+
 def _worker_json(state: Any) -> dict[str, Any]:
     return {
         "worker_id": state.worker_id,
+        "revision": state.revision,
         "boot_id": state.boot_id.hex(),
         "is_draining": state.is_draining,
         "is_suspect": state.is_suspect,

@@ -241,6 +241,12 @@ class DetokenizeBody(_Body):
     tokens: list[TokenId]
 
 
+class ProbeBody(_Body):
+    """POST /internal/probe."""
+
+    revision: str = Field(max_length=63)
+
+
 B = TypeVar("B", bound=_Body)
 
 # pydantic's words that name no limit, or a class of ours

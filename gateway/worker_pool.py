@@ -315,7 +315,7 @@ class WorkerPool:
                     reply = await self._hello(channel, pb.ROLE_PREFILL)
                 except rpc.RpcError:
                     num_failed += 1
-                    if num_failed >= MAX_FAILED_HELLOS:
+                    if num_failed >= MAX_FAILED_HELLOS or peer.load.draining:  # it said that it would go
                         raise
                     continue
                 num_failed = 0
