@@ -51,7 +51,8 @@ class Apply:
     """Server-side apply with force.
 
     The manifest carries its HASH_ANNOTATION. `is_new`: no such object was seen, so look first (one live GET): an object
-    of that name that this service does not control is refused (StepFailure), not taken over. Where the manifest has
+    of that name that this service does not control is refused (StepFailure), not taken over. A refused step does not
+    end the pass: Status comes last and tells of it. Where the manifest has
     metadata.resourceVersion, a conflict (409) ends the pass; plan again.
     """
 
@@ -159,7 +160,9 @@ class _Planner:
         self.observed = observed
         self.now = now
         self.facts = gather_facts(desired, observed)
-        self.before = read_rollout(observed.objects.get(ref_of(desired.routing)), desired, observed, self.facts)
+        self.routing = observed.objects.get(ref_of(desired.routing))
+        is_readable = self.routing is not None and is_owned(self.routing, desired.uid)
+        self.before = read_rollout(self.routing if is_readable else None, desired, observed, self.facts)
         self.rollout = advance(self.before, desired, self.facts, now)
         self.counts = worker_counts(self.rollout, desired, self.facts)
         self.leaving = sorted(self.facts.revisions - {revision for revision, _ in self.counts})
@@ -194,23 +197,27 @@ class _Planner:
             else:
                 self._is_ours(ref_of(secret.manifest), live)
 
-    def _apply(self, manifest: Manifest, *, resource_version: str | None = None) -> None:
-        """Apply unless it is there and the same."""
+    def _apply(self, manifest: Manifest, *, resource_version: str | None = None) -> bool:
+        """Apply unless it is there and the same; whether there is something to do."""
         ref, wanted = ref_of(manifest), stamped(manifest)
         live = self.observed.objects.get(ref)
         if live is None:
             self.steps.append(Apply(wanted, "missing", is_new=True))
-        elif self._is_ours(ref, live) and differs(wanted, live):
-            if resource_version is not None:
-                wanted["metadata"]["resourceVersion"] = resource_version
-            was = live["metadata"].get("annotations", {}).get(HASH_ANNOTATION)
-            is_changed = was != wanted["metadata"]["annotations"][HASH_ANNOTATION]
-            self.steps.append(Apply(wanted, "changed" if is_changed else "edited by somebody else"))
+            return True
+        if not self._is_ours(ref, live) or not differs(wanted, live):
+            return False
+        was = live["metadata"].get("annotations", {}).get(HASH_ANNOTATION)
+        is_changed = was != wanted["metadata"]["annotations"][HASH_ANNOTATION]
+        if resource_version is not None:
+            wanted["metadata"]["resourceVersion"] = resource_version
+        self.steps.append(Apply(wanted, "changed" if is_changed else "edited by somebody else"))
+        return True
 
     def _is_ours(self, ref: Ref, live: Manifest) -> bool:
         """Whether the object may be changed: it is this service's and is not being deleted."""
         if not is_owned(live, self.desired.uid):
-            self.refused.append(f"{ref}: there is one that this service does not own; delete it or rename the service")
+            words = f"{ref}: there is one that this service does not own; delete it or rename the service"
+            self.refused += [words] if words not in self.refused else []
             self.wakes.append(RequeueAfter(TAKEN_RETRY_S, f"{ref} is taken"))
             return False
         return not live["metadata"].get("deletionTimestamp")
@@ -235,13 +242,12 @@ class _Planner:
         manifest = {**pool.pool, "metadata": metadata, "spec": {"replicas": replicas}}
         live = self.observed.objects.get(ref_of(pool.pool))
         if live is None or self._is_ours(ref_of(pool.pool), live):
-            self.steps.append(Apply(manifest, reason, manager=SEED_MANAGER))
+            self.steps.append(Apply(manifest, reason, is_new=live is None, manager=SEED_MANAGER))
 
     def _keep_routing(self) -> None:
-        live = self.observed.objects.get(ref_of(self.desired.routing))
-        version = live["metadata"]["resourceVersion"] if live is not None else None
-        self._apply({**self.desired.routing, "data": self.rollout.data()}, resource_version=version)
-        self.steps.extend(_rollout_events(self.before, self.rollout))
+        version = self.routing["metadata"]["resourceVersion"] if self.routing is not None else None
+        if self._apply({**self.desired.routing, "data": self.rollout.data()}, resource_version=version):
+            self.steps.extend(_rollout_events(self.before, self.rollout))
 
     # ------------------------------------------------------------ workers
 
@@ -389,7 +395,5 @@ def _condition_events(old: Manifest, new: Manifest) -> Iterator[Event]:
         kind, status = found["type"], found["status"]
         if kind in ("Ready", "Degraded") and status != before.get(kind, "False"):
             is_good = status == ("True" if kind == "Ready" else "False")
-            reason = {("Ready", "True"): "Ready", ("Degraded", "False"): "Recovered"}.get(
-                (kind, status), found["reason"]
-            )
-            yield Event("Normal" if is_good else "Warning", reason, found["message"])
+            word = {"Ready": "Ready", "Degraded": "Recovered"}[kind] if is_good else str(found["reason"])
+            yield Event("Normal" if is_good else "Warning", word, found["message"])
