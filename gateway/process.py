@@ -191,7 +191,7 @@ def keep_house_once(gateway: Gateway, now: float) -> None:
     for part in (lambda: gateway.cut_stalled_clients(now), gateway.services.pool.routing_file.refresh):
         try:
             part()
-        except Exception:
+        except Exception:  # the task's boundary: a bug here is logged and counted, and the gateway goes on
             log.exception("a part of the housekeeping failed")
             gateway.metrics.housekeeping_failures.inc()
 

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import itertools
 import mmap
-import os
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -29,6 +28,7 @@ from engine.worker import OnProgress, Replica, ReplicaIdentity, ReplicaSpec, lay
 from kvtransfer.liveness import HEARTBEAT_INTERVAL_S
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.protocol import baton_pb2_grpc as stubs
+from kvtransfer.transport import sealed_memory
 from prefill_service import worker as prefill_worker_module
 from prefill_service.config import PrefillConfig
 from servicekit.failpoints import Failpoints
@@ -44,8 +44,7 @@ class FakeKV:
 
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
         self.num_blocks, self.block_bytes = num_blocks, block_bytes
-        self.fd = os.memfd_create("fake-kv", os.MFD_CLOEXEC)
-        os.ftruncate(self.fd, num_blocks * block_bytes)
+        self.fd = sealed_memory("fake-kv", num_blocks * block_bytes)
         self._map = mmap.mmap(self.fd, num_blocks * block_bytes)
         self.buffer = memoryview(self._map)
 
