@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, cast
 
@@ -37,19 +36,19 @@ def differs(wanted: Manifest, live: Manifest) -> bool:
 
 def _holds(live: Any, wanted: Any) -> bool:
     """Whether everything that `wanted` states is so in `live`."""
-    if isinstance(wanted, Mapping):
-        stated = cast("Mapping[str, Any]", wanted)
-        return isinstance(live, Mapping) and all(key in live and _holds(live[key], stated[key]) for key in stated)
-    if isinstance(wanted, Sequence) and not isinstance(wanted, str):
-        return isinstance(live, Sequence) and _holds_items(cast("Sequence[Any]", live), cast("Sequence[Any]", wanted))
-    return live == wanted or _same_quantity(live, wanted)
+    if live == wanted:
+        return True  # most of a manifest, most of the time
+    if isinstance(wanted, dict):
+        stated, found = cast("dict[str, Any]", wanted), cast("dict[str, Any]", live)
+        return isinstance(live, dict) and all(key in found and _holds(found[key], stated[key]) for key in stated)
+    if isinstance(wanted, list):
+        return isinstance(live, list) and _holds_items(cast("list[Any]", live), cast("list[Any]", wanted))
+    return _same_quantity(live, wanted)
 
 
-def _holds_items(live: Sequence[Any], wanted: Sequence[Any]) -> bool:
+def _holds_items(live: list[Any], wanted: list[Any]) -> bool:
     """Lists of values are equal or not; to lists of objects others may have added (a sidecar, a default toleration)."""
-    if not all(isinstance(item, Mapping) for item in wanted):
-        return list(live) == list(wanted)
-    return all(any(_holds(found, item) for found in live) for item in wanted)
+    return all(isinstance(item, dict) and any(_holds(found, item) for found in live) for item in wanted)
 
 
 def _same_quantity(live: Any, wanted: Any) -> bool:

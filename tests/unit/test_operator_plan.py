@@ -1,0 +1,461 @@
+"""The planner, step by step: what it writes, in which order, and what it never does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from baton_operator.objects import API_VERSION, FIELD_MANAGER, POOL_KIND, SEED_MANAGER, Ref, StepFailure, ref_of
+from baton_operator.plan import (
+    Apply,
+    AskGateways,
+    Delete,
+    MakeSecret,
+    Probe,
+    RequeueAfter,
+    Scale,
+    Status,
+    Step,
+)
+from tests.unit.operator_world import Cluster, Memory
+
+ROUTING = Ref("v1", "ConfigMap", "chat-routing")
+GATEWAY = Ref("apps/v1", "Deployment", "chat-gateway")
+
+
+def pools(prefill: int = 1, decode: int = 1, image: str = "good-0", **more: Any) -> dict[str, Any]:
+    return {
+        "pools": {"prefill": {"replicas": prefill}, "decode": {"replicas": decode}},
+        "image": {"worker": image},
+        **more,
+    }
+
+
+def at_rest(spec: dict[str, Any]) -> Cluster:
+    cluster = Cluster(spec)
+    cluster.converge()
+    return cluster
+
+
+def writes(steps: tuple[Step, ...]) -> list[Step]:
+    return [step for step in steps if isinstance(step, Apply | MakeSecret | Scale | Delete | Status)]
+
+
+def words(steps: tuple[Step, ...]) -> list[str]:
+    """Steps in short, without the objects that have nothing to do with workers."""
+    found: list[str] = []
+    for step in steps:
+        match step:
+            case Apply(manifest=manifest) if ref_of(manifest) == ROUTING:
+                found.append("routing")
+            case Apply(manifest=manifest) if "serving.baton.dev/revision" in manifest["metadata"].get("labels", {}):
+                found.append(
+                    f"{manifest['metadata']['labels']['app.kubernetes.io/component']}={manifest['spec']['replicas']}"
+                )
+            case Scale(ref=ref, replicas=replicas):
+                found.append(f"old {ref.name.split('-')[1]}={replicas}")
+            case Delete(ref=ref):
+                found.append(f"delete {ref.name.rpartition('-')[0]}")
+            case Probe():
+                found.append("probe")
+            case _:
+                pass
+    return found
+
+
+# ---------------------------------------------------------------- the first revision
+
+
+def test_everything_is_made_in_one_pass_what_pods_need_before_the_pods() -> None:
+    steps = Cluster(pools()).plan()
+    made = [str(ref_of(step.manifest)) for step in steps if isinstance(step, Apply) and step.manager == FIELD_MANAGER]
+    assert isinstance(steps[0], MakeSecret)
+    assert (
+        made.index("ServiceAccount/chat-worker")
+        < made.index("LLMPool/chat-decode")
+        < made.index("ConfigMap/chat-routing")
+    )
+    decode = next(name for name in made if name.startswith("Deployment/chat-decode-"))
+    assert made.index("ConfigMap/chat-routing") < made.index(decode) < made.index("Deployment/chat-gateway")
+    assert all(step.is_new for step in steps if isinstance(step, Apply))
+
+
+def test_the_first_revision_serves_at_once_and_the_service_is_ready_when_a_probe_went_through() -> None:
+    cluster = Cluster(pools())
+    cluster.reconcile()
+    assert cluster.serving_revision == cluster.desired.revision
+    assert cluster.condition("Ready") == ("False", "NotUp")
+    cluster.tick()
+    cluster.reconcile()  # probes
+    assert cluster.condition("Ready") == ("False", "NotProbed")
+    cluster.reconcile()
+    assert cluster.condition("Ready") == ("True", "Routable")
+    assert cluster.condition("TransferReady") == ("True", "Probed")
+    assert cluster.rollout["proven"]
+
+
+def test_a_service_that_is_up_but_does_not_answer_is_not_ready() -> None:
+    cluster = Cluster(pools(image="mute"))
+    for _ in range(4):
+        cluster.reconcile()
+        cluster.tick()
+        cluster.now += 10
+    assert cluster.condition("DecodeReady") == ("True", "AllReady")
+    assert cluster.condition("Ready") == ("False", "ProbeFailed")
+    assert cluster.condition("TransferReady") == ("False", "ProbeFailed")
+
+
+def test_a_service_at_rest_is_left_alone() -> None:
+    cluster = at_rest(pools(2, 3))
+    assert cluster.condition("Progressing") == ("False", "AtRest")
+    for _ in range(10):
+        cluster.now += 3600
+        assert writes(cluster.plan()) == []
+        cluster.reconcile()
+    assert all(step.reason for step in cluster.plan() if isinstance(step, RequeueAfter))
+
+
+def test_an_operator_that_was_started_anew_probes_and_writes_nothing() -> None:
+    cluster = at_rest(pools())
+    cluster.memory = Memory()
+    before = cluster.num_writes
+    assert words(cluster.plan()) == ["probe"]
+    cluster.reconcile()
+    cluster.reconcile()
+    assert cluster.num_writes == before
+
+
+def test_a_service_that_is_being_deleted_is_left_to_the_garbage_collector() -> None:
+    cluster = at_rest(pools())
+    cluster.service["metadata"]["deletionTimestamp"] = "2026-11-23T00:00:00Z"
+    assert cluster.plan() == ()
+
+
+# ---------------------------------------------------------------- rollouts
+
+
+def rollout_steps(cluster: Cluster, spec: dict[str, Any]) -> list[list[str]]:
+    """What each pass does about workers after a change, until nothing is left to do."""
+    cluster.set_spec(spec)
+    found: list[list[str]] = []
+    for _ in range(30):
+        found.append(words(cluster.plan()))
+        cluster.reconcile()
+        cluster.tick()
+        cluster.now += 2
+    cluster.converge()
+    return [step for step in found if step not in ([], ["probe"])]
+
+
+def test_surge_brings_the_new_revision_up_whole_probes_it_and_lets_the_old_one_drain() -> None:
+    cluster = at_rest(pools(2, 3))
+    old = cluster.desired.revision
+    assert rollout_steps(cluster, pools(2, 3, "good-1")) == [
+        ["routing", "decode=3", "prefill=2"],  # beside the old one
+        ["routing"],  # it answered the probe of the pass before
+        ["old decode=0", "old prefill=0"],  # every gateway follows
+        ["delete chat-decode", "delete chat-prefill"],
+    ]
+    assert cluster.serving_revision == cluster.desired.revision != old
+    assert cluster.counts() == {(cluster.desired.revision, "decode"): 3, (cluster.desired.revision, "prefill"): 2}
+
+
+def test_replace_keeps_one_old_worker_of_each_pool_until_the_new_revision_serves() -> None:
+    spec = {"rollout": {"strategy": "Replace"}}
+    cluster = at_rest(pools(2, 4, **spec))
+    assert rollout_steps(cluster, pools(2, 4, "good-1", **spec)) == [
+        ["routing", "old decode=1", "old prefill=1", "decode=0", "prefill=0"],
+        ["decode=3", "prefill=1"],
+        ["routing"],
+        ["old decode=0", "old prefill=0"],
+        ["delete chat-decode", "delete chat-prefill", "decode=4", "prefill=2"],
+    ]
+
+
+def test_replace_of_single_workers_takes_the_old_ones_away_first() -> None:
+    spec = {"rollout": {"strategy": "Replace"}}
+    cluster = at_rest(pools(**spec))
+    steps = rollout_steps(cluster, pools(1, 1, "good-1", **spec))
+    assert steps[:3] == [
+        ["routing", "old decode=0", "old prefill=0", "decode=0", "prefill=0"],
+        ["decode=1", "prefill=1"],
+        ["routing"],
+    ]
+
+
+@pytest.mark.parametrize("strategy", ["Surge", "Replace"])
+@pytest.mark.parametrize("image", ["broken", "mute"])
+def test_a_revision_that_does_not_answer_by_the_deadline_is_rolled_back_and_not_tried_again(
+    strategy: str, image: str
+) -> None:
+    spec = {"rollout": {"strategy": strategy, "progressDeadline": "5m"}}
+    cluster = at_rest(pools(2, 2, **spec))
+    good = cluster.desired.revision
+    cluster.set_spec(pools(2, 2, image, **spec))
+    cluster.converge()
+    assert cluster.serving_revision == good
+    bad = cluster.desired.revision
+    assert cluster.counts() == {(good, "decode"): 2, (good, "prefill"): 2, (bad, "decode"): 0, (bad, "prefill"): 0}
+    assert cluster.condition("Degraded") == ("True", "RolledBack")
+    assert cluster.condition("Ready") == ("True", "Routable")
+    assert [event.reason for event in cluster.events if event.type == "Warning"].count(
+        "RolledBack"
+    ) == 2  # step, condition
+    cluster.now += 1e6
+    assert writes(cluster.plan()) == []
+    cluster.set_spec(pools(2, 2, image, gateway={"replicas": 2}, **spec))
+    cluster.converge()
+    assert cluster.serving_revision == good, "a change that does not shape workers is no new try"
+
+
+def test_a_rolled_back_revision_gets_another_chance_after_another_one_was_asked_for() -> None:
+    cluster = at_rest(pools())
+    cluster.set_spec(pools(image="broken"))
+    cluster.converge()
+    cluster.set_spec(pools())
+    cluster.converge()
+    assert cluster.rollout["failed"] is None
+    cluster.set_spec(pools(image="broken"))
+    cluster.reconcile()
+    assert cluster.rollout["candidate"] == cluster.desired.revision
+
+
+def test_a_first_revision_that_never_came_up_gives_way_at_once() -> None:
+    cluster = Cluster(pools(image="broken"))
+    for _ in range(3):
+        cluster.reconcile()
+        cluster.tick()
+    cluster.set_spec(pools())
+    cluster.reconcile()
+    assert cluster.serving_revision == cluster.desired.revision
+    cluster.converge()
+    assert len(cluster.workers()) == 2
+
+
+def test_a_change_of_mind_in_the_middle_drops_the_trial_before_the_next_one_gets_workers() -> None:
+    cluster = at_rest(pools(2, 2))
+    cluster.set_spec(pools(2, 2, "broken"))
+    cluster.reconcile()
+    cluster.tick()
+    abandoned = cluster.desired.revision
+    cluster.set_spec(pools(2, 2, "good-2"))
+    cluster.reconcile()
+    assert cluster.counts()[cluster.desired.revision, "decode"] == 0
+    cluster.converge()
+    assert cluster.serving_revision == cluster.desired.revision
+    assert abandoned not in {revision for revision, _ in cluster.workers()}
+
+
+def test_going_back_in_the_middle_of_a_rollout_never_touches_the_serving_workers() -> None:
+    cluster = at_rest(pools(2, 2))
+    good = cluster.desired.revision
+    cluster.set_spec(pools(2, 2, "good-1"))
+    cluster.reconcile()
+    cluster.tick()
+    cluster.set_spec(pools(2, 2))
+    for _ in range(6):
+        cluster.reconcile()
+        assert cluster.counts()[good, "decode"] == 2
+        cluster.tick()
+        cluster.now += 2
+    assert {revision for revision, _ in cluster.workers()} == {good}
+
+
+def test_no_old_worker_leaves_before_every_ready_gateway_follows() -> None:
+    cluster = at_rest(pools(gateway={"replicas": 2}))
+    old = cluster.desired.revision
+    cluster.set_spec(pools(image="good-1", gateway={"replicas": 2}))
+    for _ in range(20):
+        cluster.reconcile()
+        cluster.tick()
+        cluster.serving = [cluster.desired.revision, old]  # one kubelet is late
+        cluster.now += 2
+        assert cluster.counts()[old, "decode"] == 1
+    assert cluster.serving_revision == cluster.desired.revision
+    assert any(isinstance(step, AskGateways) for step in cluster.plan())
+    assert cluster.condition("Progressing") == ("True", "Draining")
+    cluster.converge()
+    assert (old, "decode") not in cluster.workers()
+
+
+def test_what_gateways_said_before_the_flip_counts_for_nothing() -> None:
+    cluster = at_rest(pools())
+    cluster.set_spec(pools(image="good-1"))
+    while cluster.serving_revision != cluster.desired.revision:
+        cluster.reconcile()
+        cluster.tick()
+        cluster.now += 2
+    cluster.memory.gateways_at = cluster.now - 3600
+    assert not any(isinstance(step, Scale) for step in cluster.plan())
+
+
+def test_an_operator_that_was_away_past_the_deadline_asks_before_it_judges() -> None:
+    cluster = at_rest(pools())
+    cluster.set_spec(pools(image="good-1"))
+    cluster.reconcile()
+    cluster.tick()
+    cluster.memory, cluster.now = Memory(), cluster.now + 1e6
+    cluster.converge()
+    assert cluster.serving_revision == cluster.desired.revision
+
+
+def test_a_service_without_hand_overs_is_probed_through_decode_alone() -> None:
+    cluster = Cluster(pools(0, 1))
+    cluster.reconcile()
+    cluster.tick()
+    probes = [step for step in cluster.plan() if isinstance(step, Probe)]
+    assert [probe.is_remote for probe in probes] == [False]
+    cluster.converge()
+    assert cluster.condition("Ready") == ("True", "Routable")
+    assert cluster.condition("TransferReady") == ("Unknown", "NotDisaggregated")
+
+
+def test_a_lost_routing_file_is_written_again_with_the_revision_that_served() -> None:
+    cluster = at_rest(pools())
+    good = cluster.desired.revision
+    cluster.set_spec(pools(image="broken"))
+    cluster.reconcile()
+    cluster.delete(ROUTING)
+    cluster.reconcile()
+    assert cluster.serving_revision == good
+
+
+def test_a_routing_file_that_changed_since_it_was_read_is_not_written() -> None:
+    cluster = at_rest(pools())
+    stale = cluster.observe()
+    cluster.edit(ROUTING, ("metadata", "labels", "note"), "x")
+    cluster.set_spec(pools(image="good-1"))
+    cluster.reconcile(observed=stale)
+    assert cluster.rollout["candidate"] is None
+
+
+# ---------------------------------------------------------------- replicas have one writer
+
+
+def open_pools(image: str = "good-0", **decode: Any) -> dict[str, Any]:
+    return {"pools": {"decode": decode}, "image": {"worker": image}}
+
+
+def asked(cluster: Cluster, role: str) -> int:
+    return cluster.objects[Ref(API_VERSION, POOL_KIND, f"chat-{role}")]["spec"]["replicas"]
+
+
+def test_a_pool_left_open_is_seeded_once_and_then_whoever_scales_it_is_obeyed_through_rollouts() -> None:
+    cluster = at_rest(open_pools(min=2))
+    assert asked(cluster, "decode") == 2
+    cluster.scale("decode", 5)
+    cluster.converge()
+    assert cluster.counts()[cluster.desired.revision, "decode"] == 5
+    cluster.set_spec(open_pools("good-1", min=2))
+    cluster.converge()
+    assert asked(cluster, "decode") == cluster.counts()[cluster.desired.revision, "decode"] == 5
+
+
+def test_more_or_fewer_than_the_bounds_are_asked_for_in_vain_but_not_fought() -> None:
+    cluster = at_rest(open_pools(min=2, max=4))
+    for replicas, expected in ((9, 4), (0, 2)):
+        cluster.scale("decode", replicas)
+        cluster.converge()
+        assert asked(cluster, "decode") == replicas
+        assert cluster.counts()[cluster.desired.revision, "decode"] == expected
+
+
+def test_a_pool_whose_replicas_are_stated_is_put_back() -> None:
+    cluster = at_rest(pools(1, 2))
+    cluster.scale("decode", 5)
+    cluster.converge()
+    assert asked(cluster, "decode") == 2
+
+
+def test_a_pool_that_is_let_go_keeps_its_size_until_somebody_scales_it() -> None:
+    cluster = at_rest(pools(1, 3))
+    cluster.set_spec(open_pools())
+    steps = [step for step in cluster.plan() if isinstance(step, Apply) and step.manifest["kind"] == POOL_KIND]
+    managers = [step.manager for step in steps if step.manifest["metadata"]["name"] == "chat-decode"]
+    assert managers == [SEED_MANAGER, FIELD_MANAGER], "the other way round, replicas would be gone for a moment"
+    cluster.converge()
+    assert asked(cluster, "decode") == 3
+    cluster.scale("decode", 4)
+    cluster.converge()
+    assert asked(cluster, "decode") == 4
+
+
+def test_an_hpa_averages_over_the_serving_revision_alone() -> None:
+    cluster = at_rest(pools())
+    old = cluster.desired.revision
+    cluster.set_spec(pools(image="broken"))
+    cluster.reconcile()
+    cluster.tick()
+    cluster.reconcile()
+    status = cluster.objects[Ref(API_VERSION, POOL_KIND, "chat-decode")]["status"]
+    assert status["selector"].endswith(f"serving.baton.dev/revision={old}")
+    assert (status["replicas"], status["readyReplicas"]) == (1, 1)
+
+
+# ---------------------------------------------------------------- other people's hands
+
+
+def test_a_field_that_somebody_changed_is_put_back_and_one_that_we_do_not_state_is_left() -> None:
+    cluster = at_rest(pools())
+    cluster.edit(GATEWAY, ("spec", "replicas"), 7)
+    cluster.edit(GATEWAY, ("spec", "paused"), False)
+    cluster.converge()
+    assert cluster.objects[GATEWAY]["spec"]["replicas"] == 1
+    assert cluster.objects[GATEWAY]["spec"]["paused"] is False
+
+
+def test_an_object_that_somebody_deleted_is_made_again() -> None:
+    cluster = at_rest(pools())
+    before = cluster.picture()
+    for ref in list(cluster.objects):
+        if ref != Ref("v1", "Secret", "chat-internal"):
+            cluster.delete(ref)
+            cluster.converge()
+    assert cluster.picture() == before
+
+
+def test_what_is_no_longer_asked_for_goes_when_no_old_worker_needs_it() -> None:
+    cluster = at_rest(pools())
+    redis = Ref("apps/v1", "Deployment", "chat-redis")
+    cluster.set_spec(pools(redis={"mode": "None"}))
+    cluster.reconcile()
+    assert redis in cluster.objects
+    cluster.converge()
+    assert redis not in cluster.objects
+    assert Ref("v1", "Secret", "chat-redis") not in cluster.objects
+
+
+def test_an_object_of_somebody_else_is_neither_taken_over_nor_deleted() -> None:
+    cluster = Cluster(pools())
+    taken = Ref("v1", "Service", "chat")
+    theirs = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "chat", "uid": "x", "resourceVersion": "1", "labels": {}},
+    }
+    cluster.objects[taken] = dict(theirs)
+    for _ in range(5):
+        cluster.reconcile()
+        cluster.tick()
+        cluster.now += 10
+    assert cluster.objects[taken] == theirs
+    assert cluster.condition("Degraded") == ("True", "Refused")
+    assert writes(cluster.plan()) == []
+
+
+def test_a_refused_step_is_told_in_the_status() -> None:
+    cluster = at_rest(pools())
+    observed = cluster.observe()
+    failure = StepFailure(GATEWAY, "exceeded quota")
+    steps = cluster.plan(type(observed)(observed.service, observed.objects, observed.probes, failures=(failure,)))
+    (status,) = (step for step in steps if isinstance(step, Status) and step.ref.kind == "LLMService")
+    degraded = next(found for found in status.status["conditions"] if found["type"] == "Degraded")
+    assert (degraded["status"], degraded["message"]) == ("True", "Deployment/chat-gateway: exceeded quota")
+
+
+def test_printer_columns_have_their_words() -> None:
+    status = at_rest(pools(2, 4)).service["status"]
+    assert status["pools"]["prefill"]["summary"] == "2/2"
+    assert status["pools"]["decode"]["summary"] == "4/4"
+    assert (status["model"], status["mode"], status["url"]) == ("smollm2", "Auto", "http://chat.ns.svc")
