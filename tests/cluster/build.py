@@ -55,7 +55,7 @@ TOOLS = {
         Tool("kube-scheduler", "kubernetes", f"{_KUBERNETES}/kube-scheduler", 10),
         Tool("kube-proxy", "kubernetes", f"{_KUBERNETES}/kube-proxy", 40),
         Tool("pod", "pod", ".", 10),
-        Tool("coredns", "coredns", "github.com/coredns/coredns", 240),
+        Tool("dns", "dns", ".", 100),
         Tool("metrics-server", "metrics-server", "sigs.k8s.io/metrics-server/cmd/metrics-server", 240),
         Tool("helm", "helm", "helm.sh/helm/v4/cmd/helm", 150),
         Tool("kubeconform", "kubeconform", "github.com/yannh/kubeconform/cmd/kubeconform", 10),
@@ -80,7 +80,7 @@ TIERS = {
     "node": Tier(
         (
             "kube-apiserver", "kube-controller-manager", "kubectl",
-            "kubelet", "kube-scheduler", "kube-proxy", "pod", "coredns", "metrics-server",
+            "kubelet", "kube-scheduler", "kube-proxy", "pod", "dns", "metrics-server",
         ),
         (
             "etcd", "openssl", "containerd", "containerd-shim-runc-v2", "ctr", "runc", "host-local", "nft", "ip",

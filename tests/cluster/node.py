@@ -91,7 +91,7 @@ def start_cluster_services(
     ])  # fmt: skip
     corefile = folder / "Corefile"
     corefile.write_text(_corefile(endpoint.kubeconfig))
-    processes.start("coredns", [*place.prefix, programs["coredns"], "-conf", corefile])
+    processes.start("dns", [*place.prefix, programs["dns"], "-conf", corefile])
 
 
 def start_metrics_server(
@@ -168,13 +168,17 @@ def _kubelet_settings(folder: Path, socket: Path, resolver: Path) -> dict[str, o
 def _corefile(kubeconfig: Path) -> str:
     """Names of the cluster, answered for a second (tests change them), and a quick no for all others."""
     return f"""
-.:53 {{
+cluster.local:53 {{
     bind {NODE_ADDRESS}
     errors
     kubernetes cluster.local {{
         kubeconfig {kubeconfig} test
         ttl 1
     }}
+}}
+.:53 {{
+    bind {NODE_ADDRESS}
+    errors
     template ANY ANY {{
         rcode NXDOMAIN
     }}

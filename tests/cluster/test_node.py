@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import urllib.request
 from pathlib import Path
@@ -59,9 +60,16 @@ def web(node_cluster: NodeCluster) -> NodeCluster:
 
 
 def test_a_service_is_reached_from_this_machine_and_spreads_its_calls(web: NodeCluster) -> None:
+    """A pod is Ready a moment before the node's rules lead to it."""
+    answers: set[bytes] = set()
+
+    def has_both(address: str) -> bool:
+        with contextlib.suppress(OSError):
+            answers.add(urllib.request.urlopen(f"http://{address}", timeout=10).read())
+        return len(answers) == 2
+
     with web.forward_service(NAMESPACE, "web", 80) as address:
-        answers = {urllib.request.urlopen(f"http://{address}", timeout=10).read() for _ in range(40)}
-    assert len(answers) == 2
+        web.wait_until("both pods", lambda: has_both(address), timeout_s=20.0)
 
 
 def test_a_pod_reaches_a_service_by_name(web: NodeCluster) -> None:
