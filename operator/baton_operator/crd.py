@@ -107,7 +107,6 @@ def _structural(schema: Schema, definitions: dict[str, Schema], rules: dict[str,
     merged = _resolved(schema, definitions)
     kept = {key: merged[key] for key in (*_FIRST, *merged) if key in merged and key not in _DROPPED}
     _keep_limits(merged, kept)
-    _keep_default(merged, kept)
     if "properties" in merged:
         kept["properties"] = {
             name: _structural(inner, definitions, rules) for name, inner in cast("Schema", merged["properties"]).items()
@@ -121,6 +120,7 @@ def _structural(schema: Schema, definitions: dict[str, Schema], rules: dict[str,
         kept["additionalProperties"] = _structural(merged["additionalProperties"], definitions, rules)
     if "items" in merged:
         kept["items"] = _structural(merged["items"], definitions, rules)
+    _keep_default(merged, kept)
     if scope_of(merged) == "local":
         kept.pop("default", None)  # or every object of the cluster would state what it does not mean
         kept["description"] += " (local mode only)"
@@ -146,10 +146,14 @@ def _keep_limits(merged: Schema, kept: Schema) -> None:
 
 
 def _keep_default(merged: Schema, kept: Schema) -> None:
-    """A part that may be left out is there with its own defaults, so that rules find it; nothing else is empty."""
+    """A part that may be left out is there with its own defaults, so that rules find it; nothing else is empty.
+
+    The defaults are written out: the API server checks rules on a default as it stands, before it fills in parts of it.
+    """
     default = merged.get("default")
     if "properties" in merged and default is not None:
-        kept["default"] = {}
+        parts = cast("dict[str, Schema]", kept["properties"])
+        kept["default"] = {name: part["default"] for name, part in parts.items() if "default" in part}
     elif isinstance(default, float):
         kept["default"] = f"{default:g}s"  # the only floats are durations
     elif default not in (None, [], {}):

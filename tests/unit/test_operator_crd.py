@@ -74,7 +74,8 @@ def test_every_rule_of_the_models_is_in_the_schema() -> None:
 
 def test_defaults_are_those_of_the_models_in_the_words_of_a_manifest() -> None:
     found = spec_nodes()
-    assert found["spec"]["default"] == {}
+    assert found["spec"]["default"]["disaggregation"] == "Auto", "rules are checked on the default as it stands"
+    assert found["spec"]["default"]["redis"] == {"mode": "Managed"}
     assert found["spec.model.source"]["default"] == "smollm2"
     assert found["spec.rollout.progressDeadline"]["default"] == "900s"
     assert found["spec.redis.mode"]["default"] == "Managed"
