@@ -7,6 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from registry.config import RegistryConfig
+from registry.entry import is_address
 from servicekit.config import option, parse_address
 
 
@@ -14,6 +15,10 @@ class Disaggregation(Enum):
     AUTO = "auto"
     ALWAYS = "always"
     NEVER = "never"
+
+
+def _are_addresses(values: tuple[str, ...]) -> str | None:
+    return None if all(is_address(value) for value in values) else "each must be HOST:PORT"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +33,7 @@ class GatewayConfig(RegistryConfig):
     http: tuple[str, int] = option(("127.0.0.1", 8000), help="address of the API; port 0 is any", parse=parse_address, metavar="HOST:PORT")  # fmt: skip  # noqa: E501
     internal_http: tuple[str, int] | None = option(None, help="authenticated port for probes: the only one where worker and path can be forced", parse=parse_address, metavar="HOST:PORT")  # fmt: skip  # noqa: E501
     secret_file: Path | None = option(None, help="file with the service's secret, shown to workers and asked of probes")
-    registry_dns: tuple[str, ...] = option((), help="headless Services, one per pool: each address behind them is asked Hello", metavar="HOST:PORT,...")  # fmt: skip  # noqa: E501
+    registry_dns: tuple[str, ...] = option((), help="headless Services, one per pool: each address behind them is asked Hello", metavar="HOST:PORT,...", check=_are_addresses)  # fmt: skip  # noqa: E501
     workers_seed: tuple[str, ...] = option((), help="addresses to say Hello to, besides", metavar="HOST:PORT,...")
     routing_file: Path | None = option(None, help='JSON {"servingRevision": ...}: which revision serves; read each second')  # fmt: skip  # noqa: E501
     max_model_len: int = option(0, help="prompt and output together; 0: the model's own limit", minimum=0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from kvtransfer.auth import Secret
 from registry.config import RegistryConfig
 from registry.entry import is_revision, is_worker_id
+from registry.keeper import LEASE_S
 from servicekit.config import option, parse_address, parse_bytes, power_of_two
 from servicekit.lifecycle import read_secret
 
@@ -48,6 +49,9 @@ class WorkerConfig(RegistryConfig):
         ("127.0.0.1", 0), help="address of health and metrics; port 0: any", parse=parse_address, metavar="HOST:PORT"
     )
     advertise: str = option("", help="host that others reach this worker by; empty: that of --listen")
+    registry_lease_s: float = option(
+        LEASE_S, help="the registry forgets this worker so long after its last announcement", minimum=1, maximum=3600
+    )
     secret_file: Path = option(help="file with the service's secret; only callers that prove it are served")
     parent_fd: int | None = option(None, help="exit when this pipe closes", minimum=0)
 

@@ -163,7 +163,9 @@ class WorkerProcess:
     def announce(self) -> None:
         """Ready: the health port says so, and from now on every registry, whenever it can be reached."""
         self.health.enter("register")
-        self._keepers = [Keeper(membership, self._entry()) for membership in self._memberships]
+        self._keepers = [
+            Keeper(membership, self._entry(), self.config.registry_lease_s) for membership in self._memberships
+        ]
         self._keeping = [asyncio.create_task(keeper.run(), name="announce") for keeper in self._keepers]
         show_registries(self.metrics, self._keepers)
         self.health.ready()
