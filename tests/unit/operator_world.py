@@ -192,10 +192,10 @@ class Cluster:
 
     # ------------------------------------------------------------ the rest of the cluster
 
-    def tick(self) -> None:
-        """Deployments get what they want, gateways read their file."""
+    def tick(self, only: set[Ref] | None = None) -> None:
+        """Deployments get what they want; gateways read their file, unless only some Deployments are meant."""
         for ref, body in self.objects.items():
-            if ref.kind == "Deployment":
+            if ref.kind == "Deployment" and (only is None or ref in only):
                 wanted = body["spec"].get("replicas", 1)
                 is_broken = body["spec"]["template"]["spec"]["containers"][0]["image"] == "broken"
                 body["status"] = {
@@ -204,12 +204,11 @@ class Cluster:
                     "readyReplicas": 0 if is_broken else wanted,
                 }
                 body["metadata"]["resourceVersion"] = self._next_version()
-        self.read_routing()
-
-    def read_routing(self) -> None:
         gateway = self.objects.get(Ref("apps/v1", "Deployment", "chat-gateway"), {})
         count = gateway.get("status", {}).get("readyReplicas", 0)
-        self.serving = [self.serving_revision] * count
+        self.serving = (self.serving + [self.serving_revision] * count)[:count]
+        if only is None:
+            self.serving = [self.serving_revision] * count
 
     def converge(self, *, passes: int = 60, seconds: float = 10.0) -> None:
         """Let everybody work until the operator has nothing to write."""
