@@ -174,40 +174,56 @@ def _fields_of(part: Any, path: str) -> Iterable[tuple[str, str, str, str]]:
     schema = part.model_json_schema(by_alias=True)
     for name, field in part.model_fields.items():
         alias = field.alias or name
-        inner = field.annotation
-        if isinstance(inner, type) and hasattr(inner, "model_fields"):
-            yield from _fields_of(inner, f"{path}{alias}.")
+        inner = _model_in(field.annotation)
+        if inner is not None:
+            is_list = typing.get_origin(field.annotation) is tuple
+            yield from _fields_of(inner, f"{path}{alias}{'[]' if is_list else ''}.")
             continue
-        default = "" if field.default is None else f"`{_plain(field.default)}`"
-        yield f"`{path}{alias}`", _values(schema["properties"][alias], inner), default, field.description or ""
+        default = (
+            ""
+            if field.is_required() or field.default is None
+            else _default(field.get_default(call_default_factory=True))
+        )
+        yield (
+            f"`{path}{alias}`",
+            _values(schema["properties"][alias], field.annotation),
+            default,
+            field.description or "",
+        )
+
+
+def _model_in(annotation: Any) -> Any:
+    """The model itself, or that of an optional one or of a list."""
+    choices = (annotation, *typing.get_args(annotation))
+    return next((c for c in choices if isinstance(c, type) and hasattr(c, "model_fields")), None)
+
+
+def _default(value: Any) -> str:
+    return "" if value in ((), {}, "") else f"`{_plain(value)}`"
 
 
 def _values(schema: dict[str, Any], annotation: Any) -> str:
     """What may stand there, in words."""
-    from baton_operator.resources import parse_quantity
-
-    choices = [choice for choice in schema.get("anyOf", [schema]) if choice.get("type") != "null"]
-    limits = choices[0]
+    limits = next(choice for choice in schema.get("anyOf", [schema]) if choice.get("type") != "null")
     members = next((a for a in (annotation, *typing.get_args(annotation)) if _is_enum(a)), None)
     if members is not None:
         return ", ".join(f"`{member.value}`" for member in members)
-    if typing.get_origin(annotation) is typing.Literal:
-        return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
-    kind = {"integer": "whole number", "number": "duration", "boolean": "true or false", "string": "text"}[
-        str(limits.get("type"))
-    ]
-    if any(getattr(note, "func", None) is parse_quantity for a in typing.get_args(annotation) for note in _notes(a)):
-        return "amount of memory (`512Mi`, `2Gi`)"
-    if kind == "duration":
+    if "enum" in limits or "const" in limits:
+        return ", ".join(f"`{value}`" for value in limits.get("enum", [limits.get("const")]))
+    if limits.get("x-kubernetes-int-or-string"):
+        return "amount (`500m`, `512Mi`, `2Gi`)"
+    if "ms|s|m|h" in limits.get("pattern", ""):
         return "duration (`500ms`, `2s`, `1m30s`)"
+    if limits["type"] == "object":
+        values = limits.get("additionalProperties")
+        return f"names, each with {_values(values, None)}" if isinstance(values, dict) else "as in a pod"
+    if limits["type"] == "array":
+        return f"list of {_values(limits['items'], None)}"
+    kind = {"integer": "whole number", "boolean": "true or false", "string": "text"}[limits["type"]]
     low, high = limits.get("minimum"), limits.get("maximum")
     if low is not None:
         kind += f", {low} to {high}" if high is not None else f", at least {low}"
     return kind + (f", at most {limits['maxLength']} characters" if "maxLength" in limits else "")
-
-
-def _notes(annotation: Any) -> tuple[Any, ...]:
-    return getattr(annotation, "__metadata__", ())
 
 
 def _is_enum(annotation: Any) -> bool:
@@ -217,6 +233,8 @@ def _is_enum(annotation: Any) -> bool:
 def _plain(value: Any) -> str:
     if isinstance(value, Enum):
         return str(value.value)
+    if isinstance(value, float):
+        return f"{value:g}s"  # the only ones are durations
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
