@@ -84,13 +84,14 @@ TIERS = {
         ),
         (
             "etcd", "openssl", "containerd", "containerd-shim-runc-v2", "ctr", "runc", "host-local", "nft", "ip",
-            "mount", "nsenter", "unshare", "buildah", "debootstrap", "redis-server",
+            "mount", "nsenter", "unshare", "buildah", "debootstrap",
         ),
         needs_root=True,
     ),
+    "registry": Tier((), ("redis-server", "openssl")),
     "scale": Tier(("kwok",), ()),
 }  # fmt: skip
-DEFAULT_TIERS = ("control-plane", "chart", "node")
+DEFAULT_TIERS = ("registry", "control-plane", "chart", "node")
 
 
 def find(*tools: str) -> dict[str, Path]:
@@ -233,7 +234,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.cluster.build", description="Build or install what the test cluster runs."
     )
-    parser.add_argument("tiers", nargs="*", metavar="TIER", help=f"of {', '.join(TIERS)}; {', '.join(DEFAULT_TIERS)}")
+    parser.add_argument(
+        "tiers", nargs="*", metavar="TIER", help=f"of {', '.join(TIERS)}; without any: {' '.join(DEFAULT_TIERS)}"
+    )
     tiers = parser.parse_args().tiers or DEFAULT_TIERS
     if unknown := set(tiers) - set(TIERS):
         parser.error(f"unknown tier: {', '.join(sorted(unknown))}")

@@ -84,7 +84,7 @@ def launch(tier: str, parent_fd: int | None = None) -> Launched:
     assert process.stdout is not None
     said = json.loads(process.stdout.readline() or '{"failed": "the supervisor ended without a word"}')
     if "failed" in said:
-        process.wait(_END_TIMEOUT_S)
+        process.communicate(timeout=_END_TIMEOUT_S)
         raise StartFailed(said["failed"])
     return Launched(_cluster(Connection(**said["ready"])), process, folder)
 

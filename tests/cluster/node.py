@@ -103,6 +103,7 @@ def start_metrics_server(
         f"--authentication-kubeconfig={endpoint.kubeconfig}", f"--authorization-kubeconfig={endpoint.kubeconfig}",
         f"--secure-port={_METRICS_PORT}", f"--cert-dir={folder / 'metrics-server'}", "--kubelet-insecure-tls",
         "--kubelet-preferred-address-types=InternalIP", "--metric-resolution=10s",
+        "--kubelet-request-timeout=5s",
     ])  # fmt: skip
     return _metrics_objects()
 

@@ -83,8 +83,8 @@ STARTS: dict[str, Callable[[Processes, Path], Connection]] = {
 }
 
 
-class _Ended(Exception):
-    """We were told to end."""
+class _Ended(BaseException):
+    """We were told to end. Not an Exception: nothing on the way up may take it for a failure of its own."""
 
 
 def main() -> int:

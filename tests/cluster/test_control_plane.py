@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.cluster import launch, runs
 from tests.cluster.errors import ClusterError, StartFailed, Unavailable
+from tests.cluster.forward import REPOSITORY
 from tests.cluster.holder import hold_a_cluster, processes_of, supervisor_of, until_gone
 from tests.cluster.kube import Cluster
 
@@ -86,6 +90,24 @@ def test_an_existing_cluster_is_used_and_never_ended(
         with pytest.raises(Unavailable, match="BATON_LOAD_IMAGE"):
             existing.import_image(tmp_path / "image.tar")
     assert control_plane.kubectl("get", "--raw", "/readyz") == "ok"
+
+
+def test_a_developers_cluster_outlives_up_and_ends_with_down(control_plane: Cluster, tmp_path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # runs of other developers stay out of reach of `down`
+
+    def developer(*words: str) -> str:
+        command = [sys.executable, "-m", "tests.cluster.developer", *words]
+        return subprocess.run(
+            command, cwd=REPOSITORY, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+
+    said = developer("up", "control-plane")
+    kubeconfig = said.removeprefix("export KUBECONFIG=").strip()
+    readyz = [control_plane.kubectl_program, "get", "--raw", "/readyz", f"--kubeconfig={kubeconfig}"]
+    assert subprocess.run(readyz, check=True, stdout=subprocess.PIPE, text=True).stdout == "ok"
+    developer("down")
+    assert not Path(kubeconfig).exists()
+    assert processes_of(Path(kubeconfig).parent.name) == []
 
 
 def _namespace(name: str) -> dict[str, object]:

