@@ -97,6 +97,31 @@ def test_metrics_of_pods_are_measured(web: NodeCluster) -> None:
     web.wait_until("metrics", lambda: len(json.loads(web.kubectl("get", "--raw", path))["items"]) == 2)
 
 
+def test_an_autoscaler_reads_them(web: NodeCluster) -> None:
+    metric = {
+        "type": "Resource",
+        "resource": {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 90}},
+    }
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": "web"}
+    spec = {"minReplicas": 2, "maxReplicas": 2, "scaleTargetRef": target, "metrics": [metric]}
+    web.apply(
+        {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": _named("web"), "spec": spec}
+    )
+
+    def is_active() -> bool:
+        status = web.get("hpa", "web", "-n", NAMESPACE).get("status", {})
+        return any(c["type"] == "ScalingActive" and c["status"] == "True" for c in status.get("conditions", []))
+
+    web.wait_until("ScalingActive", is_active)
+
+
+def test_a_pod_reaches_the_api_server_and_trusts_it(web: NodeCluster) -> None:
+    """By name and with the certificate that controllers put into every pod."""
+    name = "https://kubernetes.default.svc.cluster.local/version"
+    said = web.kubectl("exec", "-n", NAMESPACE, "deployment/web", "--", "/pod", "get", name)
+    assert json.loads(said)["gitVersion"] == build.kubernetes_version()
+
+
 def test_an_imported_image_runs(web: NodeCluster, tmp_path: Path) -> None:
     web.import_image(write_image(tmp_path / "image.tar", "baton.test/imported:7", find("pod")["pod"], ["/pod"]))
     spec = {"containers": [{"name": "main", "image": "baton.test/imported:7", "securityContext": RESTRICTED}]}
@@ -152,6 +177,7 @@ def _deployment(replicas: int) -> dict[str, object]:
         "image": SANDBOX_IMAGE,
         "imagePullPolicy": "Never",
         "args": ["serve", ":8080"],
+        "env": [{"name": "SSL_CERT_FILE", "value": "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt"}],
         "readinessProbe": {"httpGet": {"port": 8080}, "periodSeconds": 1},
         "resources": {"limits": {"cpu": "200m", "memory": "64Mi"}, "requests": {"cpu": "10m"}},
         "securityContext": RESTRICTED,
