@@ -10,8 +10,9 @@ import base64
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from baton_operator.api import Api
 from baton_operator.cache import Cache
@@ -123,10 +124,10 @@ class Executor:
                 uid = desired.uid if step.ref.kind == SERVICE_KIND else self._uid_of(desired, step.ref)
                 self._cache.put(await self._api.apply_status(space, step.ref, uid, step.status))
 
-    async def write_status(self, namespace: str, step: Status, uid: str) -> None:
-        """A status alone, where there is no plan. Raises: ApiError."""
-        self._cache.put(await self._api.apply_status(namespace, step.ref, uid, step.status))
-        self._metrics.writes.labels(step.ref.kind, Status.__name__).inc()
+    async def write_status(self, namespace: str, ref: Ref, uid: str, status: Mapping[str, Any]) -> None:
+        """Raises: ApiError."""
+        self._cache.put(await self._api.apply_status(namespace, ref, uid, status))
+        self._metrics.writes.labels(ref.kind, Status.__name__).inc()
 
     async def _refuse_foreign(self, namespace: str, ref: Ref, uid: str) -> None:
         """An object of that name that the cache does not have: ours, if the cache is behind, or somebody else's."""

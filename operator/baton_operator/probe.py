@@ -57,7 +57,10 @@ class Gateways:
             return GatewayReport(address, None)
         if status == 401:
             raise WrongSecret
-        return GatewayReport(address, answer.get("servingRevision") if status == 200 else None)
+        if status != 200:
+            return GatewayReport(address, None)
+        registry: dict[str, Any] = answer.get("registry") or {}
+        return GatewayReport(address, answer.get("servingRevision"), registry.get("connected") is not False)
 
     async def _call(
         self, method: str, address: str, what: str, secret: str, body: dict[str, Any] | None, timeout_s: float

@@ -11,17 +11,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from baton_operator import status
 from baton_operator.api import Api
 from baton_operator.apply import Executor, Outcome, without_data
 from baton_operator.cache import Cache, Key
 from baton_operator.desired import Platform, desire
 from baton_operator.errors import ApiError, TryAgain
 from baton_operator.metrics import Metrics
-from baton_operator.objects import Desired, Manifest, Ref, ref_of
+from baton_operator.objects import Desired, Manifest, Ref, ref_of, status_of
 from baton_operator.observe import Memory, View, look, observe
 from baton_operator.plan import plan
 from baton_operator.resources import ResourceError, live_service
+from baton_operator.status import invalid_status
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,8 @@ class Reconciler:
         try:
             desired = self._desire(view)
         except ResourceError as error:
-            return await self._refuse(key, view, str(error))
+            await self._refuse(key, view, str(error))
+            return None
         memory = await self._with_secrets(key, view, desired)
         outcome = Outcome(secret=memory.secret)
         try:
@@ -104,15 +105,12 @@ class Reconciler:
         service = live_service(view.service)
         return desire(service, self._settings.platform, uid=view.uid, generation=metadata["generation"])
 
-    async def _refuse(self, key: Key, view: View, message: str) -> float | None:
+    async def _refuse(self, key: Key, view: View, message: str) -> None:
         """A spec that cannot be read: say so, change nothing else."""
-        memory = self._memory(key, view)
-        step = status.invalid(view.service, message, self._clock())
-        if step is not None:
-            await self._executor.write_status(key[0], step, view.uid)
-        self._memories[key] = replace(memory, num_retries=0)
+        said = invalid_status(view.service, message, self._clock())
+        if said != status_of(view.service):
+            await self._executor.write_status(key[0], ref_of(view.service), view.uid, said)
         self._metrics.reconciles.labels("invalid").inc()
-        return None
 
     def _memory(self, key: Key, view: View) -> Memory:
         """What is known of this service; nothing if another had its name."""

@@ -60,7 +60,10 @@ def service_status(situation: Situation, now: float) -> dict[str, Any]:
         "revision": desired.revision,
         "servingRevision": rollout.serving,
         "pools": pools,
-        "conditions": [_condition(verdict, old, situation, now) for verdict in judge(situation, old)],
+        "conditions": [
+            _condition(verdict, old, desired.generation, now, is_measured=_is_measured(verdict, old, rollout))
+            for verdict in judge(situation, old)
+        ],
     }
 
 
@@ -74,6 +77,13 @@ def pool_status(situation: Situation, role: str) -> dict[str, Any]:
         "readyReplicas": workers.ready if workers else 0,
         "selector": ",".join(f"{key}={value}" for key, value in labels.items()),
     }
+
+
+def invalid_status(service: Manifest, message: str, now: float) -> dict[str, Any]:
+    """Of an LLMService whose spec this operator cannot read: it changes nothing, and says no more of the rest."""
+    old, generation = status_of(service), service["metadata"]["generation"]
+    verdicts = (Verdict("Ready", False, "InvalidSpec", message), Verdict("Degraded", True, "InvalidSpec", message))
+    return {**old, "conditions": [_condition(verdict, old, generation, now) for verdict in verdicts]}
 
 
 def judge(situation: Situation, old: Mapping[str, Any]) -> tuple[Verdict, ...]:
@@ -179,16 +189,21 @@ def _kept(old: Mapping[str, Any], kind: str) -> Verdict | None:
     return Verdict(kind, True, found["reason"], found["message"]) if found and found.get("status") == "True" else None
 
 
-def _condition(verdict: Verdict, old: Mapping[str, Any], situation: Situation, now: float) -> dict[str, Any]:
+def _is_measured(verdict: Verdict, old: Mapping[str, Any], rollout: Rollout) -> bool:
+    """Whether the message has numbers in it, which differ with every probe of the same revision."""
+    return verdict.reason == "Probed" and old.get("servingRevision") == rollout.serving
+
+
+def _condition(
+    verdict: Verdict, old: Mapping[str, Any], generation: int, now: float, *, is_measured: bool = False
+) -> dict[str, Any]:
     status = {True: "True", False: "False", None: "Unknown"}[verdict.status]
     before = _found(old, verdict.type)
     is_same = before is not None and before.get("status") == status
-    # Numbers differ with every probe.
-    is_measured = verdict.reason == "Probed" and old.get("servingRevision") == situation.rollout.serving
     return {
         "type": verdict.type,
         "status": status,
-        "observedGeneration": situation.desired.generation,
+        "observedGeneration": generation,
         "lastTransitionTime": before["lastTransitionTime"] if before and is_same else _rfc3339(now),
         "reason": verdict.reason,
         "message": before["message"] if before and is_same and is_measured else verdict.message[:1024],
