@@ -24,7 +24,7 @@ from engine.messages import (
 )
 from engine.request import SamplingParams
 from engine.runner import CpuRunner, kv_shape
-from modelfiles.config import load_config
+from modelfiles.read_config import load_config
 from modelfiles.weights import open_weights
 
 Outputs = dict[tuple[int, int], list[tuple[int, float]]]

@@ -17,7 +17,7 @@ from engine.batch import Batch, Chunk
 from engine.kv_memory import KVMemory
 from engine.request import SampledToken, SamplingParams, Sequence
 from engine.runner import CpuRunner, RunnerError, kv_shape
-from modelfiles.config import load_config
+from modelfiles.read_config import load_config
 from modelfiles.weights import open_weights
 
 BLOCK = 8

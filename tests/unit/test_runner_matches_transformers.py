@@ -20,7 +20,7 @@ from engine.batch import Batch, Chunk
 from engine.kv_memory import KVMemory
 from engine.request import SamplingParams, Sequence
 from engine.runner import CpuRunner, kv_shape
-from modelfiles.config import load_config
+from modelfiles.read_config import load_config
 from modelfiles.weights import open_weights
 
 MAX_ABS_ERROR = 1e-4
