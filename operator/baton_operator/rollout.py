@@ -194,11 +194,11 @@ def worker_counts(rollout: Rollout, desired: Desired, facts: Facts) -> dict[tupl
         held = {revision: found.most for (revision, of), found in facts.workers.items() if of == role}
         serving, trial = rollout.serving, rollout.candidate
         others = sum(most for revision, most in held.items() if revision != serving)
-        if trial is not None and desired.replaces:
-            counts[serving, role] = min(size, _kept(size))
-        else:  # what it has it keeps: only growth waits for others to go
-            counts[serving, role] = min(size, max(held.get(serving, 0), room - others, 0))
+        wanted = _kept(size) if trial is not None and desired.replaces else size
+        # What it has it keeps: only growth waits for others to go.
+        counts[serving, role] = min(wanted, max(held.get(serving, 0), room - others, 0))
         if trial is not None:
+            held[serving] = max(held.get(serving, 0), counts[serving, role])  # it may grow in this pass
             left = room - sum(most for revision, most in held.items() if revision != trial)
             counts[trial, role] = max(0, min(trial_sizes(desired, facts)[role], left))
         if rollout.failed is not None and rollout.failed == desired.revision:

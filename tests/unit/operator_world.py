@@ -136,8 +136,8 @@ class Cluster:
 
     def observe(self) -> Observed:
         return Observed(
-            service=copy.deepcopy(self.service),
-            objects=copy.deepcopy(self.objects),
+            service=self.service,
+            objects=dict(self.objects),
             probes=dict(self.memory.probes),
             gateways=self.memory.gateways,
             gateways_at=self.memory.gateways_at,

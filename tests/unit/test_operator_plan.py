@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -323,7 +324,7 @@ def test_a_lost_routing_file_is_written_again_with_the_revision_that_served() ->
 
 def test_a_routing_file_that_changed_since_it_was_read_is_not_written() -> None:
     cluster = at_rest(pools())
-    stale = cluster.observe()
+    stale = copy.deepcopy(cluster.observe())
     cluster.edit(ROUTING, ("metadata", "labels", "note"), "x")
     cluster.set_spec(pools(image="good-1"))
     cluster.reconcile(observed=stale)
@@ -459,3 +460,20 @@ def test_printer_columns_have_their_words() -> None:
     assert status["pools"]["prefill"]["summary"] == "2/2"
     assert status["pools"]["decode"]["summary"] == "4/4"
     assert (status["model"], status["mode"], status["url"]) == ("smollm2", "Auto", "http://chat.ns.svc")
+
+
+def test_a_serving_pool_that_grows_leaves_less_room_for_the_trial() -> None:
+    """Found by the model: both grew in one pass, each beside what the other had before."""
+    cluster = at_rest(pools(1, 1))
+    old = cluster.desired.revision
+    cluster.set_spec(pools(1, 1, "good-1"))
+    while cluster.serving_revision == old:
+        cluster.reconcile()
+        cluster.tick()
+        cluster.now += 2
+    cluster.serving = [old]  # so the old one stays for the time being
+    cluster.memory = Memory()
+    cluster.set_spec(pools(1, 2, "good-2"))
+    for _ in range(3):
+        cluster.reconcile()
+        assert sum(count for (_, role), count in cluster.counts().items() if role == "decode") <= 4
