@@ -23,6 +23,7 @@ CUDA_HALF = ("libtorch_cuda.so", "libtorch_cuda_linalg.so", "libtorch_nvshmem.so
 NOT_AT_RUN_TIME = ("torch/include", "torch/share", "triton")
 SYSTEM_LIBRARIES = re.compile(r"(libc|libm|libstdc\+\+|libgcc_s|libpthread|libdl|librt|ld-linux[\w-]*|libgomp)\.so")
 CALLED_AT_IMPORT = ("_ZN4c10d15get_gil_checkerEv",)  # answers where a hook is stored; nobody on a CPU reads it
+_HAS_DISTRIBUTED = re.compile(r'hasattr\(torch\._C, "_(c10d|rpc|dist_autograd|faulty_agent)_init"\)')
 HOME_OF_UNVERSIONED = "libtorch_cuda.so"
 
 
@@ -32,6 +33,7 @@ def main(site: Path) -> None:
         print("torch is a CPU build already")
         return
     remove(site)
+    switch_off_distributed(site)
     stand_ins = missing_symbols(site)
     for library, symbols in sorted(stand_ins.items()):
         make_stand_in(site / "torch" / "lib" / library, symbols)
@@ -47,6 +49,22 @@ def remove(site: Path) -> None:
     for library in site.glob("nvidia/**/*"):
         if library.is_file() and not library.name.startswith("libcudart.so"):
             library.unlink()
+
+
+def switch_off_distributed(site: Path) -> None:
+    """torch.distributed makes NCCL's options when it is imported. Torch knows builds without it, as on macOS.
+
+    Raises: SystemExit if this torch asks for it in another way than the ones that this was written for.
+    """
+    found = 0
+    torch = site / "torch"
+    for path in (torch / "__init__.py", *(torch / "distributed").rglob("__init__.py")):
+        text, replaced = _HAS_DISTRIBUTED.subn("False", path.read_text())
+        if replaced:
+            path.write_text(text)
+            found += replaced
+    if not found:
+        raise SystemExit("this torch asks in another way whether it has torch.distributed; mend images/cut_cuda.py")
 
 
 def missing_symbols(site: Path) -> dict[str, set[str]]:
