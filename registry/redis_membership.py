@@ -53,6 +53,7 @@ class RedisMembership:
         self._rng = rng or random.Random()
         self._client: Client = None
         self._said_bad: set[str] = set()
+        self._read: dict[str, tuple[object, Entry | None]] = {}
 
     async def announce(self, entry: Entry, lease_s: float) -> None:
         async with self._connected() as client:
@@ -79,17 +80,20 @@ class RedisMembership:
             worker_ids = await self._worker_ids(client)
             # No more of a value than an entry may have: a long one must not fill this process.
             texts = await self._of_each(client, worker_ids, lambda pipe, key: pipe.getrange(key, 0, MAX_ENTRY_BYTES))
+        # An entry stays the same for a worker's life: checking it costs 40 us, and this is asked each second.
+        before, self._read = self._read, {}
         found: dict[str, Hint] = {}
         for worker_id, text in zip(worker_ids, texts, strict=True):
-            entry = self._decoded(worker_id, text)
+            text_before, entry = before.get(worker_id, (None, None))
+            if text != text_before:
+                entry = self._decoded(worker_id, text)
+            self._read[worker_id] = text, entry
             if entry is not None:
                 found[entry.address] = hint_of(entry)
         return found
 
     async def close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        await self._drop()
 
     # ------------------------------------------------------------ parts
 

@@ -30,7 +30,7 @@ from kvtransfer.shm_transport import host_id
 from modelfiles.errors import ModelFilesError
 from registry.dns import join_address
 from registry.entry import SIGNING_PURPOSE, Entry
-from registry.keeper import Keeper
+from registry.keeper import WITHDRAW_TIMEOUT_S, Keeper
 from registry.opening import open_memberships
 from servicekit import failpoints, lifecycle, logs
 from servicekit.health import HealthState, HttpServer, Phase, ProgressWatch, health_app, start_http
@@ -236,7 +236,8 @@ class WorkerProcess:
         """Be found no more by those who do not know this worker yet. Idempotent."""
         for task in self._keeping:
             task.cancel()
-        await asyncio.gather(*self._keeping, return_exceptions=True)
+        if self._keeping:
+            await asyncio.wait(self._keeping, timeout=WITHDRAW_TIMEOUT_S)  # a drain does not hang on the registry
         await asyncio.gather(*(keeper.withdraw() for keeper in self._keepers))
 
     def _replica_spec(self) -> ReplicaSpec:

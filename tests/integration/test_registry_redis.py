@@ -16,9 +16,11 @@ import pytest
 
 from gateway.status import status_of
 from kvtransfer.auth import Secret
+from registry import redis_membership
 from registry.config import RegistryConfig
-from registry.entry import SIGNING_PURPOSE, Entry, encode
+from registry.entry import SIGNING_PURPOSE, Entry, decode, encode
 from registry.errors import Refused, RegistryError, Unreachable
+from registry.keeper import Keeper
 from registry.membership import Hint
 from registry.redis_membership import RedisMembership
 from registry.redis_url import read_address
@@ -178,8 +180,29 @@ async def test_a_server_that_hangs_is_given_up_in_time(redis: RedisServer) -> No
             for _ in range(2):  # on the old connection, and on a new one
                 with pytest.raises(Unreachable, match=r"imeout|no answer"):
                     await worker.announce(ENTRY, LEASE_S)
+            await Keeper(worker, ENTRY).withdraw()  # a worker that drains just then
         redis.thaw()
         await worker.announce(ENTRY, LEASE_S)
+
+
+async def test_an_entry_that_stays_the_same_is_checked_once(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[bytes] = []
+
+    def counting(text: bytes, key: bytes) -> Entry:
+        checked.append(text)
+        return decode(text, key)
+
+    monkeypatch.setattr(redis_membership, "decode", counting)
+    async with membership(redis) as gateway:
+        await gateway.announce(ENTRY, LEASE_S)
+        for _ in range(3):
+            assert list(await gateway.snapshot()) == ["10.0.0.7:7000"]
+        assert len(checked) == 1
+        await gateway.announce(replace(ENTRY, address="10.0.0.9:7000"), LEASE_S)
+        assert list(await gateway.snapshot()) == ["10.0.0.9:7000"]
+        assert len(checked) == 2
 
 
 # ---------------------------------------------------------------- under traffic
