@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster import debian
+from tests.cluster import base_image, debian
 from tests.cluster.errors import BuildFailed, Unavailable
 
 GO_FOLDER = Path(__file__).parent / "go"
@@ -72,6 +72,7 @@ class Tier:
     commands: tuple[str, ...]
     """Programs of the machine: on PATH or installed from Debian."""
     needs_root: bool = False
+    needs_base_image: bool = False
 
 
 TIERS = {
@@ -84,14 +85,15 @@ TIERS = {
         ),
         (
             "etcd", "openssl", "containerd", "containerd-shim-runc-v2", "ctr", "runc", "host-local", "nft", "ip",
-            "mount", "nsenter", "unshare", "buildah", "debootstrap",
+            "mount", "nsenter", "unshare",
         ),
         needs_root=True,
     ),
     "registry": Tier((), ("redis-server", "openssl")),
+    "images": Tier((), ("buildah", "debootstrap"), needs_root=True, needs_base_image=True),
     "scale": Tier(("kwok",), ()),
 }  # fmt: skip
-DEFAULT_TIERS = ("registry", "control-plane", "chart", "node")
+DEFAULT_TIERS = ("registry", "control-plane", "chart", "node", "images")
 
 
 def find(*tools: str) -> dict[str, Path]:
@@ -115,6 +117,17 @@ def find_tier(name: str) -> dict[str, Path]:
     return {command: debian.find(command) for command in tier.commands} | find(*tier.tools)
 
 
+def find_base_image() -> Path:
+    """A root file system for `images/build.py --builder buildah --base-tar TAR --into ARCHIVE`.
+
+    Raises: Unavailable if it was not made.
+    """
+    path = cache_folder() / base_image.file_name()
+    if not path.is_file():
+        raise Unavailable("the base of the images was not made (run `make cluster-tools`)")
+    return path
+
+
 def ensure_tier(name: str, say: Say) -> None:
     """Install and build what the tier lacks, saying how far it is.
 
@@ -123,6 +136,8 @@ def ensure_tier(name: str, say: Say) -> None:
     tier = TIERS[name]
     _refuse_wrong_machine(name, tier)
     debian.ensure(tier.commands, say)
+    if tier.needs_base_image:
+        _ensure_base_image(say)
     if all(_existing(tool) for tool in tier.tools):
         return
     with _only_one_build(say):
@@ -172,6 +187,16 @@ def _only_one_build(say: Say) -> Iterator[None]:
             say("another build is running: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _ensure_base_image(say: Say) -> None:
+    path = cache_folder() / base_image.file_name()
+    if path.is_file():
+        return
+    with _only_one_build(say):
+        if not path.is_file():
+            say("making the base of the images with debootstrap: about 100 s")
+            base_image.make(path)
 
 
 def _build(tool: Tool, place: str, say: Say) -> None:
