@@ -1,4 +1,4 @@
-"""Write the tables of docs/metrics.md and docs/configuration.md from the code, so that they cannot rot.
+"""Write the tables of docs/{metrics,configuration,llmservice}.md from the code, so that they cannot rot.
 
     python scripts/write_docs.py           writes them
     python scripts/write_docs.py --check   exits with 1 if they are not up to date (a test runs this)
@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "operator")]
-PAGES = ("metrics", "configuration")
+PAGES = ("metrics", "configuration", "llmservice")
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -51,7 +51,7 @@ def render(table: str) -> str:
             for m in merged(all_metrics())
         ]
     elif table == "llmservice":
-        head, rows = ("Field", "Values", "Default", "Meaning"), list(resource_rows())
+        head, rows = ("Field", "Values", "Default", "Read by", "Meaning"), list(resource_rows())
     else:
         head, rows = ("Flag", "Default", "Meaning"), list(flag_rows(table))
     lines = [head, tuple("---" for _ in head), *rows]
@@ -164,13 +164,18 @@ def _flag_row(field: Any) -> tuple[str, str, str]:
     return f"`--{field.name.replace('_', '-')}`", shown, note.help + choices + limits_text(note)
 
 
-def resource_rows() -> Iterable[tuple[str, str, str, str]]:
+def resource_rows() -> Iterable[tuple[str, str, str, str, str]]:
     from baton_operator.resources import LLMService
 
     yield from _fields_of(LLMService, "")
 
 
-def _fields_of(part: Any, path: str) -> Iterable[tuple[str, str, str, str]]:
+def _fields_of(part: Any, path: str) -> Iterable[tuple[str, str, str, str, str]]:
+    from baton_operator.resources import Pools, scope_of
+
+    if part is Pools:  # both have the same fields
+        yield from _fields_of(_model_in(part.model_fields["decode"].annotation), f"{path}*.")
+        return
     schema = part.model_json_schema(by_alias=True)
     for name, field in part.model_fields.items():
         alias = field.alias or name
@@ -188,6 +193,7 @@ def _fields_of(part: Any, path: str) -> Iterable[tuple[str, str, str, str]]:
             f"`{path}{alias}`",
             _values(schema["properties"][alias], field.annotation),
             default,
+            {"cluster": "cluster", "local": "local mode"}.get(scope_of(field.json_schema_extra), "both"),
             field.description or "",
         )
 

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from baton_operator.objects import API_VERSION, FIELD_MANAGER, POOL_KIND, SEED_MANAGER, Ref, StepFailure, ref_of
+from baton_operator.objects import (
+    API_VERSION,
+    FIELD_MANAGER,
+    POOL_KIND,
+    SEED_MANAGER,
+    GatewayReport,
+    Ref,
+    StepFailure,
+    ref_of,
+)
 from baton_operator.plan import (
     Apply,
     AskGateways,
@@ -287,8 +296,11 @@ def test_what_gateways_said_before_the_flip_counts_for_nothing() -> None:
         cluster.reconcile()
         cluster.tick()
         cluster.now += 2
+    cluster.memory.gateways = (GatewayReport("g0", cluster.desired.revision),)  # of an earlier time that it served
     cluster.memory.gateways_at = cluster.now - 3600
     assert not any(isinstance(step, Scale) for step in cluster.plan())
+    cluster.memory.gateways_at = cluster.now
+    assert any(isinstance(step, Scale) for step in cluster.plan())
 
 
 def test_an_operator_that_was_away_past_the_deadline_asks_before_it_judges() -> None:
