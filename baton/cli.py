@@ -1,4 +1,4 @@
-"""The `baton` command: up, ps, scale, logs, down, pull, doctor, version.
+"""The `baton` command: up, ps, scale, logs, down, pull, export, doctor, version.
 
 Each command imports what it needs when it runs, so that `baton --help` answers at once. Errors are one message and an
 exit code (1: it failed, 2: it was asked wrongly), never a stack trace.
@@ -96,6 +96,21 @@ def pull(source: Annotated[str, typer.Argument(help="smollm2, a Hugging Face id,
     from baton.local.model import pull_model
 
     typer.echo(str(pull_model(source)))
+
+
+@app.command()
+def export(
+    file: FileOption = None,
+    helm: Annotated[bool, typer.Option("--helm", help="print values of the chart helm/baton instead")] = False,
+) -> None:
+    """Print the service for a cluster: an LLMService for kubectl, or Helm values."""
+    from baton.export import for_helm, for_kubectl
+    from baton.local.service_file import load_stated
+
+    export = (for_helm if helm else for_kubectl)(*load_stated(file))
+    for path in export.left_out:
+        typer.echo(f"baton: left out {path}: only local mode reads it", err=True)
+    typer.echo(export.text, nl=False)
 
 
 @app.command()

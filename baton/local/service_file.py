@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import yaml
 
@@ -33,13 +34,29 @@ def load_service(file: Path | None, port: int | None) -> LLMService:
     return service.model_copy(update={"spec": spec})
 
 
+def load_stated(file: Path | None) -> tuple[LLMService, dict[str, Any]]:
+    """The service, and the document as the user wrote it. Raises: ServiceFileError."""
+    if file is None:
+        return LLMService(), {}
+    document = _parse(file)
+    service = _validate(document, file)
+    return service, cast("dict[str, Any]", document)
+
+
 def _read(file: Path) -> LLMService:
+    return _validate(_parse(file), file)
+
+
+def _parse(file: Path) -> object:
     try:
-        document: object = yaml.safe_load(file.read_text())
+        return yaml.safe_load(file.read_text())
     except OSError as error:
         raise ServiceFileError(f"cannot read {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ServiceFileError(f"{file} is not YAML: {error}") from error
+
+
+def _validate(document: object, file: Path) -> LLMService:
     try:
         return parse_llm_service(document, where=str(file))
     except ResourceError as error:
