@@ -155,9 +155,13 @@ def test_the_serving_revision_is_used_whenever_it_has_a_pair_that_can_take_the_r
     ]
     complete = complete_revisions(able, prefill) if preference.needs_prefill else {s.revision for s in able}
     decision = route(request, decode, prefill)
-    if preference.serving in complete:
-        # Where every one of its workers is held or busy the request waits for them, rather than go elsewhere.
-        assert decision in (NoRoute.RESERVED, NoRoute.BUSY) or getattr(decision, "revision", None) == preference.serving
+    if preference.serving in complete and isinstance(decision, Route):
+        assert decision.revision == preference.serving
+    elif (
+        preference.serving in complete
+    ):  # it waits, rather than go elsewhere, while each of its workers is held or busy
+        served = [state for state in able if state.revision == preference.serving]
+        assert [s for s in served if not s.is_reserved and not (request.alone and s.num_ahead)] == []
     elif complete and isinstance(decision, Route):
         assert decision.revision in complete
     if not able:
