@@ -71,8 +71,8 @@ class MetricRow:
 
 
 def all_metrics() -> list[MetricRow]:
-    """What each of the three processes registers, asked of the code that registers it."""
-    registries = {"gateway": _gateway_registry(), **_worker_registries()}
+    """What each kind of process registers, asked of the code that registers it."""
+    registries = {"gateway": _gateway_registry(), **_worker_registries(), "operator": _operator_registry()}
     return [row for process, registry in registries.items() for row in _rows_of(registry, process)]
 
 
@@ -110,6 +110,12 @@ def _worker_registries() -> dict[str, Any]:
         show_registries(metrics, ())
         found[process] = metrics.registry
     return found
+
+
+def _operator_registry() -> Any:
+    from baton_operator.metrics import Metrics
+
+    return Metrics().registry
 
 
 def _rows_of(registry: Any, process: str) -> Iterable[MetricRow]:
