@@ -23,7 +23,10 @@ def control_plane() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def node_cluster() -> Iterator[NodeCluster]:
-    """The same with a node that runs pods, Services and DNS, metrics included; shared by the test run."""
+    """The same with a node that runs pods, Services and DNS, metrics included; shared by the test run.
+
+    Its network leads nowhere else, and NetworkPolicies are accepted and not enforced (the bridge plugin has no part in it).
+    """
     yield from _running_or_skip("node")
 
 

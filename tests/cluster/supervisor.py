@@ -108,8 +108,8 @@ def main() -> int:
         _watch(processes)
     except _Ended:
         return 0
-    except (ClusterError, subprocess.CalledProcessError) as error:
-        _say({"failed": str(error)})
+    except (ClusterError, subprocess.CalledProcessError, OSError) as error:
+        _say({"failed": f"{type(error).__name__}: {error}"})
         return 1
     finally:
         processes.end()
