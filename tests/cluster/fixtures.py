@@ -25,7 +25,7 @@ def control_plane() -> Iterator[Cluster]:
 def node_cluster() -> Iterator[NodeCluster]:
     """The same with a node that runs pods, Services and DNS, metrics included; shared by the test run.
 
-    Its network leads nowhere else, and NetworkPolicies are accepted and not enforced (the bridge plugin has no part in it).
+    Its network leads nowhere else, and NetworkPolicies are accepted but not enforced by the bridge plugin.
     """
     yield from _running_or_skip("node")
 
