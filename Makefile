@@ -8,7 +8,7 @@ ARGS ?=
 # Paths that pyright and ruff look at come from pyproject.toml.
 .DEFAULT_GOAL := help
 
-.PHONY: help env model cluster-tools up down test lint format bench soak proto clean
+.PHONY: help env model cluster-tools images chart up down test lint format bench soak proto clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,6 +21,12 @@ model: env ## download SmolLM2-135M-Instruct (93 MB) into the model cache, once
 
 cluster-tools: env ## build what tests against Kubernetes run (about 20 minutes, once), or say why they will be skipped
 	@$(PYTHON) -m tests.cluster.build
+
+images: ## build the container images; ARGS="--into containerd" (or kind, or a file) loads them
+	@python3 images/build.py $(ARGS)
+
+chart: env ## write the generated parts of helm/baton again: values, schema, CRDs, rules, dashboards
+	@$(PYTHON) scripts/write_chart.py
 
 up: env ## start gateway, one prefill and one decode worker with SmolLM2; Ctrl-C stops all of it
 	@$(PYTHON) -m baton up $(ARGS)

@@ -54,7 +54,9 @@ def parse_options() -> argparse.Namespace:
     add("--tag", default="dev")
     add("--base", help="base image instead of the Dockerfile's pinned one")
     add("--base-tar", type=Path, help="make the base image of this root file system (buildah only)")
-    add("--ca-file", type=Path, help="certificate authorities to trust while building, instead of the base's")
+    ca_file = os.environ.get("PIP_CERT")
+    help_ca = "authorities to trust while building, instead of the base's; default: those of $PIP_CERT"
+    add("--ca-file", type=Path, default=Path(ca_file) if ca_file else None, help=help_ca)
     add("--builder", choices=("docker", "podman", "buildah"), help="default: the first that works")
     add("--storage", type=Path, help="folder of buildah's own layers, instead of the system's")
     add("--into", help="containerd, kind, or a file for an OCI archive")

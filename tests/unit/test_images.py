@@ -1,0 +1,94 @@
+"""The images: what is pinned is what the code asks for, and torch's CPU half stands on its own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from images.cut_cuda import make_stand_in, switch_off_distributed
+
+ROOT = Path(__file__).parents[2]
+IMAGES = ROOT / "images"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DOCKERFILE = (IMAGES / "Dockerfile").read_text()
+
+
+def pinned(*lists: str) -> dict[str, tuple[int, ...]]:
+    """Name -> version."""
+    text = "".join((IMAGES / "requirements" / f"{name}.txt").read_text() for name in lists)
+    found = re.findall(r"^([\w.-]+)==([\d.]+)", text, re.MULTILINE)
+    return {name: tuple(map(int, version.strip(".").split("."))) for name, version in found}
+
+
+@pytest.mark.parametrize(
+    ("asked", "lists"),
+    [
+        (PROJECT["project"]["dependencies"], ["lib"]),
+        (PROJECT["project"]["optional-dependencies"]["operator"], ["lib", "operator"]),
+        (PROJECT["project"]["optional-dependencies"]["worker"], ["lib", "worker"]),
+        (PROJECT["project"]["optional-dependencies"]["gpu"], ["lib", "worker-cuda"]),
+    ],
+    ids=["lib", "operator", "worker", "worker-cuda"],
+)
+def test_every_dependency_is_pinned_in_the_range_that_is_asked_for(asked: list[str], lists: list[str]) -> None:
+    there = pinned(*lists)
+    for requirement in asked:
+        name, least = re.match(r"([\w.-]+)>=([\d.]+)", requirement).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        assert name in there, f"{requirement}: run `python images/lock.py`"
+        assert there[name] >= tuple(map(int, least.split("."))), f"{requirement}: run `python images/lock.py`"
+
+
+def test_pins_have_hashes_and_no_version_twice() -> None:
+    for name in ("operator", "worker", "worker-cuda"):
+        assert set(pinned("lib")).isdisjoint(pinned(name)), name
+    for path in (IMAGES / "requirements").glob("*.txt"):
+        for entry in re.split(r"^(?=\S)", path.read_text(), flags=re.MULTILINE)[1:]:
+            assert "--hash=sha256:" in entry, entry.splitlines()[0]
+
+
+def test_the_base_is_pinned_by_digest_and_no_image_runs_as_root() -> None:
+    assert re.search(r"^ARG BASE=\S+@sha256:[0-9a-f]{64}$", DOCKERFILE, re.MULTILINE)
+    stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:]
+    final = {
+        stage.split()[2]: stage
+        for stage in stages
+        if not re.search(r" AS (base|build\S*|runtime)$", stage.split("\n")[0])
+    }
+    assert set(final) == {"gateway", "operator", "worker", "worker-cuda", "redis"}
+    for name, stage in final.items():
+        assert "\nUSER 65532:65532\n" in stage, name
+        assert f"sbom.py {name} >" in stage, name
+
+
+def test_the_images_hold_every_package_of_the_product() -> None:
+    packages = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    let_in = {line[1:] for line in (IMAGES / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
+    assert {package.split("/")[0] for package in packages} <= let_in
+
+
+def test_a_stand_in_satisfies_the_linker_and_names_what_is_called(tmp_path: Path) -> None:
+    library = tmp_path / "libgone.so.1"
+    make_stand_in(library, ["gone_function@libgone.so.1", "_ZTIN4gone4TypeE", "_ZTVN4gone4TypeE"])
+    code = (
+        f"import ctypes; lib = ctypes.CDLL({str(library)!r}); ctypes.c_void_p.in_dll(lib, '_ZTIN4gone4TypeE');"
+        "lib.gone_function()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode < 0, "it aborts"
+    assert "no CUDA half: gone_function" in done.stderr
+
+
+def test_a_torch_that_asks_in_another_way_is_refused_when_the_image_is_built(tmp_path: Path) -> None:
+    package = tmp_path / "torch" / "distributed"
+    package.mkdir(parents=True)
+    (tmp_path / "torch" / "__init__.py").write_text('if hasattr(torch._C, "_c10d_init"): pass\n')
+    (package / "__init__.py").write_text("")
+    switch_off_distributed(tmp_path)
+    assert (tmp_path / "torch" / "__init__.py").read_text() == "if False: pass\n"
+    with pytest.raises(SystemExit, match=r"mend images/cut_cuda\.py"):
+        switch_off_distributed(tmp_path)
