@@ -12,8 +12,10 @@ from typing import Any
 
 from baton_operator.objects import API_VERSION, POOL_KIND, SERVICE_KIND, SERVICE_LABEL
 
-_CHILD = ("list", "watch", "get", "create", "patch", "delete")
-"""list, watch: cache; get: look before a first apply; create, patch: server-side apply; delete: what a spec dropped."""
+_KEPT = ("list", "watch", "get", "create", "patch")
+"""list, watch: cache; get: look before a first apply; create, patch: server-side apply."""
+_CHILD = (*_KEPT, "delete")
+"""Of some kinds a spec may ask for less than it did; what goes with the service, garbage collection deletes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +56,18 @@ KINDS: tuple[Kind, ...] = (
         selector="", status_verbs=("patch",),
     ),
     Kind(
-        API_VERSION, POOL_KIND, "llmpools", ("list", "watch", "get", "create", "patch"),
+        API_VERSION, POOL_KIND, "llmpools", _KEPT,
         "replicas of a pool; it goes with its service", status_verbs=("patch",),
     ),
     Kind("apps/v1", "Deployment", "deployments", _CHILD, "workers of each revision, gateway, Redis"),
     Kind("v1", "Service", "services", _CHILD, "the API, worker addresses, Redis"),
     Kind(
-        "v1", "ConfigMap", "configmaps", ("list", "watch", "get", "create", "patch"),
+        "v1", "ConfigMap", "configmaps", _KEPT,
         "the serving revision, read by the gateways",
     ),
-    Kind("v1", "ServiceAccount", "serviceaccounts", ("list", "watch", "get", "create", "patch"), "identities"),
+    Kind("v1", "ServiceAccount", "serviceaccounts", _KEPT, "identities"),
     Kind("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies", _CHILD, "who may reach which pod"),
-    Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets", _CHILD, "evictions one by one"),
+    Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets", _KEPT, "evictions one by one"),
     Kind("networking.k8s.io/v1", "Ingress", "ingresses", _CHILD, "spec.gateway.ingress"),
     Kind(
         "gateway.networking.k8s.io/v1", "HTTPRoute", "httproutes", _CHILD, "spec.gateway.httpRoute", is_optional=True

@@ -10,9 +10,10 @@ import asyncio
 import json
 import ssl
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -68,14 +69,15 @@ class Fault:
 
 @dataclass
 class WatchFault:
-    """What happens to the events of one resource's watches, once: those that `hides` says are not passed on.
+    """What happens to the events of one resource's watches: those that `hides` says are not passed on.
 
-    `ends_with`: after the first hidden event the watch breaks: "reset" (connection lost), "gone" (410) or "" (goes on).
+    `ends_with`: at a hidden event the watch breaks: "reset" (connection lost), "gone" (410) or "" (goes on).
     """
 
     resource: str
     hides: Callable[[dict[str, Any]], bool]
     ends_with: str = ""
+    only_once: bool = False
     num_hidden: int = 0
 
 
@@ -83,6 +85,8 @@ class WatchFault:
 class Recording:
     calls: list[Call] = field(default_factory=list)
     num_mutating: int = 0
+    created: Counter[str] = field(default_factory=Counter)
+    """How often each object was made; Events excepted."""
 
     @property
     def mutating(self) -> list[Call]:
@@ -171,8 +175,8 @@ class ApiProxy:
             if call.verb == "list":
                 return await self._list(request)
             if call.number and fault is not None:
-                return await self._break(request, fault)
-            return _answer(*await self._forward(request))
+                return await self._break(request, call, fault)
+            return _answer(*await self._commit(request, call))
         except (aiohttp.ClientError, ConnectionError):
             return _reset(request)
 
@@ -186,10 +190,18 @@ class ApiProxy:
         self.recording.calls.append(call)
         return call
 
-    async def _break(self, request: web.Request, fault: Fault) -> web.StreamResponse:
+    async def _commit(self, request: web.Request, call: Call) -> tuple[int, dict[str, str], bytes]:
+        """Forward it and note what it made: an apply of what was not there needs the right to create it."""
+        answer = await self._forward(request)
+        if answer[0] == 201 and call.number:
+            self.recording.created[f"{call.resource}/{call.name or json.loads(answer[2])['metadata']['name']}"] += 1
+            self.recording.calls.append(replace(call, verb="create", number=0))
+        return answer
+
+    async def _break(self, request: web.Request, call: Call, fault: Fault) -> web.StreamResponse:
         fault.was_hit = True
         if fault.commits:
-            await self._forward(request)
+            await self._commit(request, call)
         if fault.then is not None:
             await asyncio.to_thread(fault.then)
         if not fault.code:
@@ -239,7 +251,8 @@ class ApiProxy:
         faults = [fault for fault in self.watch_faults if fault.resource == call.resource]
         event = json.loads(line) if faults else {}
         for fault in faults:
-            if event.get("type") != "BOOKMARK" and fault.hides(event):
+            is_spent = fault.only_once and fault.num_hidden > 0
+            if event.get("type") != "BOOKMARK" and not is_spent and fault.hides(event):
                 fault.num_hidden += 1
                 return fault.ends_with
         return None

@@ -8,6 +8,7 @@ import base64
 import http.client
 import json
 import os
+import queue
 import signal
 import socket
 import ssl
@@ -26,6 +27,7 @@ from typing import Any
 
 from baton_operator import crd, kinds
 from baton_operator.objects import COMPONENT_LABEL, REVISION_LABEL, SERVICE_LABEL
+from tests.cluster.api_proxy import ApiProxy
 from tests.cluster.kube import Cluster, write_kubeconfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -33,13 +35,17 @@ _ACCOUNT = "baton-operator"
 
 
 class Admin:
-    """The API server as its administrator sees it: plain JSON over one connection per thread."""
+    """The API server as its administrator sees it: plain JSON over connections that are kept."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._address = urllib.parse.urlsplit(cluster.url)
         self._token = cluster.token
         self._tls = ssl.create_default_context(cafile=str(cluster.ca_file))
-        self._local = threading.local()
+        self._free: queue.SimpleQueue[http.client.HTTPSConnection] = queue.SimpleQueue()
+
+    def close(self) -> None:
+        while not self._free.empty():
+            self._free.get().close()
 
     def call(
         self,
@@ -51,23 +57,41 @@ class Admin:
         missing_ok: bool = False,
     ) -> Any:
         """Raises: RuntimeError with the API server's words. None for a 404 that is allowed."""
-        for is_last in (False, True):
-            connection = self._connection()
-            try:
-                headers = {"Authorization": f"Bearer {self._token}", "Content-Type": content}
-                connection.request(method, path, None if body is None else json.dumps(body), headers)
-                response = connection.getresponse()
-                answer = response.read()
-                break
-            except (http.client.HTTPException, OSError):
-                del self._local.connection
-                if is_last:
-                    raise
-        if response.status == 404 and missing_ok:
+        status, answer = self.answer(method, path, body, content)
+        if status == 404 and missing_ok:
             return None
-        if response.status >= 300:
-            raise RuntimeError(f"{method} {path}: {response.status} {answer.decode()[:500]}")
+        if status >= 300:
+            raise RuntimeError(f"{method} {path}: {status} {answer.decode()[:800]}")
         return json.loads(answer)
+
+    def answer(
+        self, method: str, path: str, body: object = None, content: str = "application/json"
+    ) -> tuple[int, bytes]:
+        """Status and body. A connection that was closed meanwhile is replaced."""
+        try:
+            connection = self._free.get_nowait()
+        except queue.Empty:
+            connection = self._connect()
+        try:
+            return self._ask(connection, method, path, body, content)
+        except (http.client.HTTPException, OSError):
+            connection.close()
+            connection = self._connect()
+            return self._ask(connection, method, path, body, content)
+        finally:
+            self._free.put(connection)
+
+    def _connect(self) -> http.client.HTTPSConnection:
+        assert self._address.hostname is not None
+        return http.client.HTTPSConnection(self._address.hostname, self._address.port, context=self._tls, timeout=30.0)
+
+    def _ask(
+        self, connection: http.client.HTTPSConnection, method: str, path: str, body: object, content: str
+    ) -> tuple[int, bytes]:
+        headers = {"Authorization": f"Bearer {self._token}", "Content-Type": content}
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        response = connection.getresponse()
+        return response.status, response.read()
 
     def apply(self, path: str, manifest: Mapping[str, Any], manager: str = "test") -> Any:
         query = f"?fieldManager={manager}&force=true"
@@ -75,14 +99,6 @@ class Admin:
 
     def merge(self, path: str, patch: Mapping[str, Any]) -> Any:
         return self.call("PATCH", path, patch, "application/merge-patch+json")
-
-    def _connection(self) -> http.client.HTTPSConnection:
-        if not hasattr(self._local, "connection"):
-            assert self._address.hostname is not None
-            self._local.connection = http.client.HTTPSConnection(
-                self._address.hostname, self._address.port, context=self._tls, timeout=30.0
-            )
-        return self._local.connection
 
 
 def install(admin: Admin) -> None:
@@ -398,6 +414,54 @@ def running_operator(operator: Operator) -> Iterator[Operator]:
         yield operator
     finally:
         operator.kill()
+
+
+@dataclass
+class World:
+    """One namespace, one service `chat`, its fake pods and gateway, and the operator behind a recording proxy."""
+
+    cluster: Cluster
+    namespace: Namespace
+    proxy: ApiProxy
+    kubelet: FakeKubelet
+    gateway: FakeGateway
+    operator: Operator
+
+    def apply(self, spec: dict[str, Any]) -> None:
+        self.namespace.apply_service(spec)
+
+    def until_ready(self) -> None:
+        try:
+            until("chat ready", self.namespace.is_ready)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}\n{self.namespace.service()}\n{self.operator.log[-4000:]}") from error
+
+    def until_quiet(self, quiet_s: float = 2.0) -> None:
+        """Until nothing was written for a while."""
+        seen = -1
+        while seen != self.proxy.recording.num_mutating:
+            seen = self.proxy.recording.num_mutating
+            time.sleep(quiet_s)
+
+    def kubectl(self, *arguments: str) -> str:
+        return self.cluster.kubectl(*arguments, "-n", self.namespace.name)
+
+
+@contextmanager
+def new_world(cluster: Cluster, admin: Admin, folder: Path, *arguments: str) -> Iterator[World]:
+    """A namespace of its own with a running operator; gone afterwards."""
+    assert cluster.ca_file is not None
+    namespace = Namespace(admin, f"op-{os.urandom(3).hex()}")
+    token = namespace.make()
+    with (
+        ApiProxy(cluster.url, cluster.ca_file) as proxy,
+        FakeKubelet(namespace) as kubelet,
+        FakeGateway(namespace) as gateway,
+    ):
+        operator = Operator(proxy.url, cluster.ca_file, token, folder, "--namespace", namespace.name, *arguments)
+        with running_operator(operator):
+            yield World(cluster, namespace, proxy, kubelet, gateway, operator)
+    namespace.remove()
 
 
 CHILDREN = (

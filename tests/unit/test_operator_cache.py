@@ -1,0 +1,97 @@
+"""What the operator takes for the present, whatever order views of an object arrive in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton_operator.cache import Cache
+from baton_operator.objects import SERVICE_LABEL, Ref
+
+KEY = ("ns", "chat")
+REF = Ref("apps/v1", "Deployment", "chat-gateway")
+
+
+def view(version: int, *, uid: str = "a", service: str = "chat", kind: str = "Deployment", **fields: Any) -> Any:
+    labels = {SERVICE_LABEL: service} if service else {}
+    metadata = {"name": REF.name, "namespace": "ns", "uid": uid, "resourceVersion": str(version), "labels": labels}
+    return {"apiVersion": "apps/v1", "kind": kind, "metadata": metadata | {"managedFields": [{}]}, **fields}
+
+
+def version_of(cache: Cache) -> int | None:
+    found = cache.of(KEY).get(REF)
+    return None if found is None else int(found["metadata"]["resourceVersion"])
+
+
+def test_an_older_view_changes_nothing_and_is_no_news() -> None:
+    cache = Cache()
+    assert cache.put(view(7)) == KEY
+    assert cache.put(view(6)) is None
+    assert cache.put(view(7)) is None
+    assert version_of(cache) == 7
+
+
+def test_a_late_answer_does_not_revive_what_was_deleted() -> None:
+    cache = Cache()
+    cache.put(view(7))
+    assert cache.remove(view(9)) == KEY
+    assert cache.put(view(8)) is None
+    assert version_of(cache) is None
+
+
+def test_the_deletion_of_an_older_object_of_that_name_leaves_the_new_one() -> None:
+    cache = Cache()
+    cache.put(view(12, uid="b"))
+    assert cache.remove(view(9, uid="a")) is None
+    assert version_of(cache) == 12
+
+
+def test_forgetting_hits_the_uid_that_was_deleted_alone() -> None:
+    cache = Cache()
+    cache.put(view(7, uid="b"))
+    assert cache.forget("ns", REF, "a") is None
+    assert cache.forget("ns", REF, "b") == KEY
+    assert cache.put(view(7, uid="b")) is None, "the watch's event of the same state comes after the answer"
+
+
+def test_an_object_whose_label_was_taken_away_is_ours_no_more() -> None:
+    cache = Cache()
+    cache.put(view(7))
+    assert cache.put(view(8, service="")) == KEY
+    assert version_of(cache) is None
+
+
+def test_a_whole_list_drops_what_it_does_not_hold_but_not_what_was_made_since() -> None:
+    cache = Cache()
+    cache.put(view(7))
+    assert cache.reconcile_with("apps/v1", "Deployment", "ns", {("ns", REF.name)}, 20) == set()
+    assert cache.reconcile_with("apps/v1", "Deployment", "elsewhere", set(), 20) == set()
+    assert cache.reconcile_with("apps/v1", "Deployment", "ns", set(), 20) == {KEY}
+    cache.put(view(30))
+    assert cache.reconcile_with("apps/v1", "Deployment", None, set(), 25) == set()
+    assert version_of(cache) == 30
+
+
+def test_bodies_are_kept_without_managed_fields_and_secrets_without_data() -> None:
+    cache = Cache()
+    cache.put(view(7, spec={"replicas": 1}))
+    found = cache.of(KEY)[REF]
+    assert found["spec"] == {"replicas": 1}
+    assert "managedFields" not in found["metadata"]
+    cache.put(view(8, kind="Secret", data={"secret": "eA=="}))
+    assert "data" not in cache.of(KEY)[Ref("apps/v1", "Secret", REF.name)]
+
+
+@given(st.permutations(range(1, 7)), st.integers(0, 6))
+def test_whatever_order_views_arrive_in_the_newest_wins(order: list[int], deleted_at: int) -> None:
+    """A deletion is a view, too: of its version on, nothing older is shown."""
+    cache = Cache()
+    for version in order:
+        if version == deleted_at:
+            cache.remove(view(version))
+        else:
+            cache.put(view(version))
+    assert version_of(cache) == (None if deleted_at == 6 else 6)
+    assert cache.counts() == ({} if deleted_at == 6 else {"Deployment": 1})
