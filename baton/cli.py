@@ -1,4 +1,4 @@
-"""The `baton` command: up, ps, scale, logs, down, pull, export, doctor, version.
+"""The `baton` command: up, ps, scale, logs, down, pull, plan, export, doctor, version.
 
 Each command imports what it needs when it runs, so that `baton --help` answers at once. Errors are one message and an
 exit code (1: it failed, 2: it was asked wrongly), never a stack trace.
@@ -91,11 +91,34 @@ def down(name: NameOption = None) -> None:
 
 
 @app.command()
-def pull(source: Annotated[str, typer.Argument(help="smollm2, a Hugging Face id, a folder or a .gguf file")]) -> None:
+def pull(
+    source: Annotated[str, typer.Argument(help="smollm2, a Hugging Face id, a folder or a .gguf file")],
+    link: Annotated[
+        Path | None, typer.Option(help="make this path lead to the model, whatever its own is", show_default=False)
+    ] = None,
+) -> None:
     """Download a model into the model cache and check it."""
-    from baton.local.model import pull_model
+    from baton.local.model import link_model, pull_model
 
-    typer.echo(str(pull_model(source)))
+    path = pull_model(source)
+    if link is not None:
+        link_model(path, link)
+    typer.echo(str(path))
+
+
+@app.command()
+def plan(
+    file: FileOption = None,
+    before: Annotated[
+        Path | None,
+        typer.Option("--from", help="LLMService YAML that runs: print the steps from it to --file", show_default=False),
+    ] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="text, or yaml: the objects alone")] = "text",
+) -> None:
+    """Print what the operator would make of a service on a cluster, and in which steps. Touches nothing."""
+    from baton.planned import show_plan
+
+    show_plan(file, before, output)
 
 
 @app.command()

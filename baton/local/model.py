@@ -59,6 +59,30 @@ def pull_model(source: str) -> Path:
     return _with_progress(source, lambda show: pull(source, on_progress=show))
 
 
+def link_model(path: Path, link: Path) -> None:
+    """Make `link` a folder that leads to the model: one path for whoever starts with it, whatever the source was.
+
+    Raises: ModelError where something else than such a link lies there.
+    """
+    try:
+        if link.is_symlink():
+            link.unlink()
+        elif link.is_dir() and all(inner.is_symlink() for inner in link.iterdir()):
+            for inner in link.iterdir():
+                inner.unlink()
+            link.rmdir()
+        elif link.exists():
+            raise ModelError(f"--link {link}: there is something else; name a path that does not exist")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            link.symlink_to(path.resolve())
+        else:
+            link.mkdir()
+            (link / path.name).symlink_to(path.resolve())
+    except OSError as error:
+        raise ModelError(f"--link {link}: {error.strerror}") from error
+
+
 def _with_progress(source: str, fetch: Callable[[OnProgress], Path]) -> Path:
     """Run `fetch` with its progress on stderr: stdout is for the path that `baton pull` prints."""
     show = _BarProgress(source) if sys.stderr.isatty() else _LineProgress(source)

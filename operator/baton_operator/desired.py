@@ -59,6 +59,8 @@ SERVICE_MONITOR = "monitoring.coreos.com/v1/ServiceMonitor"
 HTTP_ROUTE = "gateway.networking.k8s.io/v1/HTTPRoute"
 INFERENCE_POOL = "inference.networking.k8s.io/v1/InferencePool"
 
+ALL_APIS = frozenset([SERVICE_MONITOR, HTTP_ROUTE, INFERENCE_POOL])
+
 _WORKER_DEFAULTS = {"cpu": "500m", "memory": "2Gi"}
 _GATEWAY_DEFAULTS = {"cpu": "100m", "memory": "512Mi"}
 _REDIS_DEFAULTS = {"cpu": "50m", "memory": "96Mi"}
@@ -68,13 +70,13 @@ _REDIS_DEFAULTS = {"cpu": "50m", "memory": "96Mi"}
 class Platform:
     """What the operator was told at its start and what the cluster has; the rest is the service's own."""
 
-    gateway_image: str
-    worker_image: str
-    gpu_worker_image: str
-    redis_image: str
-    operator_namespace: str
+    gateway_image: str = "baton-gateway:latest"
+    worker_image: str = "baton-worker:latest"
+    gpu_worker_image: str = "baton-worker-cuda:latest"
+    redis_image: str = "redis:7-bookworm"
+    operator_namespace: str = "baton-system"
     apis: frozenset[str] = frozenset()
-    """Optional kinds that the cluster has: of SERVICE_MONITOR, HTTP_ROUTE, INFERENCE_POOL."""
+    """Optional kinds that the cluster has: of ALL_APIS."""
 
 
 def desire(service: LLMService, platform: Platform, *, uid: str, generation: int) -> Desired:

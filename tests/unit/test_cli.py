@@ -37,7 +37,7 @@ def view(worker_id: str, state: str = "ready", **other: object) -> ProcessView:
 def test_help_lists_every_command() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("up", "ps", "scale", "logs", "down", "pull", "export", "doctor", "version"):
+    for command in ("up", "ps", "scale", "logs", "down", "pull", "plan", "export", "doctor", "version"):
         assert command in result.output
 
 
