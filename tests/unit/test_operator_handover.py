@@ -49,7 +49,7 @@ class FakeGateways:
 
     async def probe(self, addresses: Sequence[str], secret: str, probe: Probe) -> ProbeReport:
         self.asked.append((addresses, secret, probe))
-        return ProbeReport(probe.revision, 0.0, bool(addresses), "moved")
+        return ProbeReport(probe.revision, 0.0, bool(addresses), probe.is_remote, "moved")
 
 
 async def prove_all(api: FakeApi, namespaces: Sequence[str | None]) -> tuple[dict[str, bool], FakeGateways]:
