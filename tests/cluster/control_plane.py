@@ -86,7 +86,7 @@ def start_api_server(processes: Processes, programs: Mapping[str, Path], folder:
         *place.prefix, programs["etcd"], f"--data-dir={folder / 'etcd'}", "--name=test",
         f"--listen-client-urls={etcd}", f"--advertise-client-urls={etcd}",
         f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}", f"--initial-cluster=test={peer}",
-        # The data is thrown away: on the machine of the research an fsync took longer than a whole start.
+        # The data is thrown away at the end.
         "--unsafe-no-fsync", "--log-level=warn",
     ])  # fmt: skip
     audit_log = folder / "audit.log"
@@ -124,25 +124,23 @@ def start_controller_manager(
         "--leader-elect=false", "--secure-port=0",
         # Tests make a thousand objects at once, and wait for garbage collection.
         "--kube-api-qps=500", "--kube-api-burst=1000", "--concurrent-gc-syncs=50",
-        # Deletion waits for these; the defaults are meant for large clusters.
+        # Seconds where a large cluster takes minutes.
         "--horizontal-pod-autoscaler-sync-period=5s", "--horizontal-pod-autoscaler-downscale-stabilization=10s",
+        "--horizontal-pod-autoscaler-cpu-initialization-period=10s",
+        "--horizontal-pod-autoscaler-initial-readiness-delay=5s",
         "--node-monitor-grace-period=20s",
     ])  # fmt: skip
 
 
 def wait_until_ready(processes: Processes, url: str, endpoint: Endpoint) -> None:
     """Wait for the API server at this address. Raises: StartFailed."""
-    processes.wait_for(
-        "API server ready", lambda: answers(url, endpoint, "/readyz"), timeout_s=60.0, blame="kube-apiserver"
-    )
+    processes.wait_for("API server ready", lambda: answers(url, endpoint, "/readyz"), blame="kube-apiserver")
 
 
 def wait_until_controllers_work(processes: Processes, url: str, endpoint: Endpoint) -> None:
     """The first thing that controllers make: without it no pod is admitted to the namespace. Raises: StartFailed."""
     path = "/api/v1/namespaces/default/serviceaccounts/default"
-    processes.wait_for(
-        "controllers at work", lambda: answers(url, endpoint, path), timeout_s=60.0, blame="kube-controller-manager"
-    )
+    processes.wait_for("controllers at work", lambda: answers(url, endpoint, path), blame="kube-controller-manager")
 
 
 def answers(url: str, endpoint: Endpoint, path: str) -> bool:

@@ -14,6 +14,16 @@ from tests.cluster.errors import Unavailable
 from tests.cluster.kube import Cluster, NodeCluster
 from tests.cluster.launch import running
 
+_FIRST_USE_TIMEOUT_S = 300.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test that asks waits for the start, which takes a busy machine minutes."""
+    for item in items:
+        wanted = {"control_plane", "node_cluster"} & set(getattr(item, "fixturenames", ()))
+        if wanted and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(_FIRST_USE_TIMEOUT_S))
+
 
 @pytest.fixture(scope="session")
 def control_plane() -> Iterator[Cluster]:

@@ -16,6 +16,8 @@ import psutil
 from tests.cluster.errors import StartFailed
 
 RUN_VARIABLE = "BATON_CLUSTER_RUN"
+# A node is up in 8 s on an idle machine of 2 cores; with 16 builds beside it each step took twenty times as long.
+START_TIMEOUT_S = 180.0
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -49,7 +51,9 @@ class Processes:
             if (status := process.poll()) is not None:
                 raise StartFailed(f"{name} ended with status {status}:\n{self._tail(name)}")
 
-    def wait_for(self, what: str, is_true: Callable[[], bool], timeout_s: float = 30.0, blame: str = "") -> None:
+    def wait_for(
+        self, what: str, is_true: Callable[[], bool], timeout_s: float = START_TIMEOUT_S, blame: str = ""
+    ) -> None:
         """Wait until it is true.
 
         Raises: StartFailed when a process ends meanwhile, or after `timeout_s` with the end of the log of `blame`.

@@ -71,9 +71,9 @@ def start_node(processes: Processes, folder: Path) -> Connection:
     connection = _connection("node", folder, endpoint, url)
     _apply(programs["kubectl"], connection, objects)
     kubectl = programs["kubectl"]
-    processes.wait_for("node ready", lambda: _node_is_ready(kubectl, connection), 60.0, blame="kubelet")
+    processes.wait_for("node ready", lambda: _node_is_ready(kubectl, connection), blame="kubelet")
     # An API that is announced and does not answer holds up the deletion of every namespace.
-    processes.wait_for("metrics ready", lambda: _metrics_answer(url, endpoint), 60.0, blame="metrics-server")
+    processes.wait_for("metrics ready", lambda: _metrics_answer(url, endpoint), blame="metrics-server")
     return dataclasses.replace(connection, init_pid=init_pid, containerd_socket=str(socket))
 
 
