@@ -37,7 +37,7 @@
 # evictions one by one
 - apiGroups: [policy]
   resources: [poddisruptionbudgets]
-  verbs: [list, watch, get, create, patch, delete]
+  verbs: [list, watch, get, create, patch]
 # spec.gateway.ingress
 - apiGroups: [networking.k8s.io]
   resources: [ingresses]
