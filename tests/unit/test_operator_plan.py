@@ -313,6 +313,24 @@ def test_an_operator_that_was_away_past_the_deadline_asks_before_it_judges() -> 
     assert cluster.serving_revision == cluster.desired.revision
 
 
+def test_an_answer_that_a_revision_gave_in_an_earlier_life_does_not_make_it_serve_again() -> None:
+    cluster = at_rest(pools())
+    first = cluster.desired.revision
+    cluster.set_spec(pools(image="good-1"))
+    cluster.converge()
+    second = cluster.desired.revision
+    cluster.set_spec(pools())
+    assert cluster.memory.probes[first].is_ok
+    cluster.reconcile()
+    cluster.tick()
+    cluster.now += 1
+    assert any(isinstance(step, Probe) and step.revision == first for step in cluster.plan())
+    cluster.reconcile()
+    assert cluster.serving_revision == second
+    cluster.converge()
+    assert cluster.serving_revision == first
+
+
 def test_a_service_without_hand_overs_is_probed_through_decode_alone() -> None:
     cluster = Cluster(pools(0, 1))
     cluster.reconcile()
