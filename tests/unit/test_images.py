@@ -65,6 +65,12 @@ def test_the_base_is_pinned_by_digest_and_no_image_runs_as_root() -> None:
         assert f"sbom.py {name} >" in stage, name
 
 
+def test_the_user_of_our_images_has_a_name() -> None:
+    """kopf asks the operating system who it is and ends without an answer; so does torch's cache."""
+    (runtime,) = re.findall(r"^FROM base AS runtime$.*?(?=^FROM )", DOCKERFILE, re.MULTILINE | re.DOTALL)
+    assert "baton:x:65532:65532:" in runtime
+
+
 def test_the_images_hold_every_package_of_the_product() -> None:
     packages = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     let_in = {line[1:] for line in (IMAGES / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"}
