@@ -94,8 +94,8 @@ class Watcher:
         now = time.time()
         self._metrics.watch_events.labels(kind.kind).inc()
         self._metrics.last_event.set(now)
-        if change is None:
-            self._due[kind] = min(self._due[kind], now + _SETTLED_S)
+        if change is None:  # of every kind: one of which nothing is left shows nothing
+            self._due = {each: min(due, now + _SETTLED_S) for each, due in self._due.items()}
         key = self._cache.remove(manifest) if change == "DELETED" else self._cache.put(manifest)
         if key is not None:
             self._wake(key, 0.0 if kind.kind == SERVICE_KIND else _BURST_S)
