@@ -57,12 +57,13 @@ class Report:
     num_streams: int = 0
     failed: list[str] = field(default_factory=list[str])
     diverged: list[str] = field(default_factory=list[str])
-    gaps_s: list[float] = field(default_factory=list[float])
+    slowest: Stream = field(default_factory=lambda: Stream("none"))
 
     def __str__(self) -> str:
         return (
             f"seed {self.seed}: {self.num_kills} kills, {self.num_streams} streams: {len(self.failed)} failed, "
-            f"{len(self.diverged)} diverged; slowest gap a client saw {max(self.gaps_s, default=0.0):.2f} s"
+            f"{len(self.diverged)} diverged; slowest gap a client saw {self.slowest.slowest_gap_s:.2f} s "
+            f"({self.slowest.kind}, {self.slowest.request_id}, after {self.slowest.tokens_before_gap} tokens)"
         )
 
 
@@ -168,7 +169,7 @@ async def run_kills(
         struck.update(victim.pid for victim in victims)
         report.num_kills += len(victims)
         report.num_streams += len(chaos.last)
-        report.gaps_s += [stream.slowest_gap_s for stream in chaos.last]
+        report.slowest = max([report.slowest, *chaos.last], key=lambda stream: stream.slowest_gap_s)
         for word in wrong:
             told = f"kill of {', '.join(v.worker_id for v in victims)} after {when}: {word}"
             say(told)

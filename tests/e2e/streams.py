@@ -33,6 +33,8 @@ class Stream:
     error: str = ""
     first_gap_s: float = 0.0  # until the first event
     slowest_gap_s: float = 0.0
+    tokens_before_gap: int = 0
+    request_id: str = ""  # that of the chunks
 
     @property
     def num_tokens(self) -> int:
@@ -73,7 +75,9 @@ async def open_stream(
             async for event in post_events(host, port, path, asked):
                 now = time.perf_counter()
                 stream.first_gap_s = stream.first_gap_s or now - heard_at
-                stream.slowest_gap_s, heard_at = max(stream.slowest_gap_s, now - heard_at), now
+                if now - heard_at > stream.slowest_gap_s:
+                    stream.slowest_gap_s, stream.tokens_before_gap = now - heard_at, stream.num_tokens
+                heard_at = now
                 if event == "[DONE]":
                     stream.is_done = True
                     break
@@ -91,6 +95,7 @@ def _take(stream: Stream, chunk: dict[str, Any]) -> None:
         return
     if chunk.get("usage"):
         stream.num_usage_tokens = chunk["usage"]["completion_tokens"]
+    stream.request_id = chunk["id"]
     for said in chunk["choices"]:
         choice = stream.choices.setdefault(said["index"], Choice())
         choice.text += said["text"] if "text" in said else said["delta"].get("content") or ""
