@@ -354,7 +354,8 @@ class Operator:
 
     def __init__(self, url: str, ca_file: Path, token: str, folder: Path, *arguments: str) -> None:
         self._kubeconfig = write_kubeconfig(folder / f"operator-{os.urandom(3).hex()}.kubeconfig", url, ca_file, token)
-        self._log = folder / "operator.log"
+        self.folder = folder
+        self._log = folder / f"{self._kubeconfig.stem}.log"
         self._arguments = arguments
         self._port = 0
         self._process: subprocess.Popen[bytes] | None = None

@@ -12,7 +12,16 @@ import pytest
 from baton_operator import kinds
 from baton_operator.objects import FIELD_MANAGER
 from tests.cluster.kube import Cluster
-from tests.cluster.operator_world import Admin, World, install, new_world, until
+from tests.cluster.operator_world import (
+    Admin,
+    Namespace,
+    Operator,
+    World,
+    install,
+    new_world,
+    running_operator,
+    until,
+)
 
 pytestmark = pytest.mark.timeout(300)
 SPEC: dict[str, Any] = {"pools": {"prefill": {"replicas": 1}, "decode": {"replicas": 2}}}
@@ -247,6 +256,23 @@ def test_health_and_metrics_say_how_old_the_last_look_is(world: World) -> None:
     assert 'baton_operator_reconciles_total{outcome="changed"}' in metrics
     assert "baton_operator_reconcile_duration_seconds_count" in metrics
     assert world.operator.stop() == 0
+
+
+def test_in_cluster_mode_services_of_every_namespace_are_served(world: World) -> None:
+    """Beside the namespaced one: it has rights in one namespace only. Two operators do not disturb each other."""
+    cluster, admin = world.cluster, world.namespace.admin
+    assert cluster.ca_file is not None
+    other = Namespace(admin, f"{world.namespace.name}-other")
+    other.make()
+    wide = Operator(cluster.url, cluster.ca_file, cluster.token, world.operator.folder, "--cluster")
+    with running_operator(wide):
+        other.apply_service(SPEC)
+        until("made there", lambda: "chat-gateway" in other.deployments())
+        world.apply(SPEC)
+        world.until_ready()
+        world.until_quiet()
+        assert set(world.proxy.recording.created.values()) <= {1}
+    other.remove()
 
 
 def _revisions(world: World) -> int:

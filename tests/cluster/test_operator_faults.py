@@ -189,6 +189,36 @@ def difference(wanted: Any, found: Any, path: str = "") -> str:
     return "" if wanted == found else f"{path}: wanted {json.dumps(wanted)[:200]}, found {json.dumps(found)[:200]}"
 
 
+# ---------------------------------------------------------------- sequences of specs
+
+
+FIXED: dict[str, Any] = {"prefill": {"replicas": 1}, "decode": {"replicas": 2}}
+SPECS: list[dict[str, Any]] = [
+    {"pools": FIXED},
+    {"pools": FIXED, "redis": {"mode": "None"}, "networkPolicies": False},
+    {"pools": FIXED, "gateway": {"replicas": 2, "serviceType": "NodePort", "ingress": {"host": "chat.example"}}},
+    {"pools": {**FIXED, "decode": {"replicas": 3, "nodeSelector": {"gpu": "yes"}, "tolerations": [{"key": "gpu"}]}}},
+    {"pools": FIXED, "engine": {"maxNumSeqs": 7}, "rollout": {"strategy": "Replace"}},
+    {"pools": FIXED, "disaggregation": "Never", "gateway": {"maxQueueRequests": 9}},
+]
+
+
+def test_any_sequence_of_specs_ends_where_a_fresh_apply_of_the_last_one_ends(
+    control_plane: Cluster, admin: Admin, tmp_path: Path
+) -> None:
+    """A field that was set and is taken away leaves nothing behind (Acto's most frequent bug)."""
+    chance = random.Random(_SEED)
+    sequence = [*chance.sample(SPECS[1:], 3), SPECS[0]]
+    states: list[dict[str, Any]] = []
+    for specs in (sequence, sequence[-1:]):
+        with new_world(control_plane, admin, tmp_path) as world:
+            for spec in specs:
+                world.apply(spec)
+                settle(world)
+            states.append(end_state(world.namespace))
+    assert difference(states[1], states[0]) == ""
+
+
 # ---------------------------------------------------------------- staleness
 
 
