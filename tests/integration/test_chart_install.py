@@ -137,8 +137,11 @@ def by_kind(documents: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def pods(documents: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for document in (*by_kind(documents, "Deployment"), *by_kind(documents, "Job")):
+    """The operator's, then that of `helm test`."""
+    for document in by_kind(documents, "Deployment"):
         yield document["spec"]["template"]["spec"]
+    for document in by_kind(documents, "Pod"):
+        yield document["spec"]
 
 
 @pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX)
