@@ -73,7 +73,7 @@ class Platform:
     gateway_image: str = "baton-gateway:latest"
     worker_image: str = "baton-worker:latest"
     gpu_worker_image: str = "baton-worker-cuda:latest"
-    redis_image: str = "redis:7-bookworm"
+    redis_image: str = "baton-redis:latest"
     operator_namespace: str = "baton-system"
     apis: frozenset[str] = frozenset()
     """Optional kinds that the cluster has: of ALL_APIS."""
@@ -571,6 +571,7 @@ def _restricted_container(name: str, image: str, pull_policy: str) -> Object:
         "name": name,
         "image": image,
         "imagePullPolicy": pull_policy,
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # `kubectl describe pod` says why a start failed
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,

@@ -164,7 +164,7 @@ def test_what_shapes_workers_of_either_pool_makes_one_new_revision_for_both(path
 
 def test_the_default_service_has_the_revision_that_it_had() -> None:
     """If this changes, an upgrade of the operator restarts every worker of every service: say so in CHANGELOG.md."""
-    assert desired().revision == "585f5322"
+    assert desired().revision == "f6021f37"
 
 
 # ---------------------------------------------------------------- pools
