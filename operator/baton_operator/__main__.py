@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import yaml
 
 from baton_operator import crd, kinds
+from baton_operator.desired import Platform
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m baton_operator", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    default = Platform()
     commands.add_parser("crd", help="print the CustomResourceDefinitions")
     commands.add_parser("role", help="print the rules of the Role that `run` needs")
     run = commands.add_parser("run", help="watch LLMServices and make what they ask for")
@@ -38,10 +40,10 @@ def _parser() -> argparse.ArgumentParser:
         help="watch every namespace (needs a ClusterRole)",
     )  # fmt: skip
     _option(run, "--http", "HOST:PORT", "health and metrics", "0.0.0.0:8080")
-    _option(run, "--gateway-image", "IMAGE", "gateways of services that name none", "baton-gateway:latest")
-    _option(run, "--worker-image", "IMAGE", "workers without a GPU of services that name none", "baton-worker:latest")
-    _option(run, "--gpu-worker-image", "IMAGE", "workers with GPUs", "baton-worker-cuda:latest")
-    _option(run, "--redis-image", "IMAGE", "managed Redis", "redis:7-bookworm")
+    _option(run, "--gateway-image", "IMAGE", "gateways of services that name none", default.gateway_image)
+    _option(run, "--worker-image", "IMAGE", "workers without a GPU of services that name none", default.worker_image)
+    _option(run, "--gpu-worker-image", "IMAGE", "workers with GPUs", default.gpu_worker_image)
+    _option(run, "--redis-image", "IMAGE", "managed Redis", default.redis_image)
     _option(run, "--operator-namespace", "NAME", "where the operator runs; default: that of its pod")
     _option(run, "--resync-s", "SECONDS", "how often everything is listed and looked at again", "900")
     _option(run, "--secret-check-s", "SECONDS", "how often it is checked that Secrets are still there", "3600")

@@ -6,7 +6,9 @@ import argparse
 import asyncio
 import logging
 import os
+import socket
 from pathlib import Path
+from typing import Any
 
 import kopf
 import orjson
@@ -62,10 +64,12 @@ async def _run(options: argparse.Namespace, own: str) -> None:
     kopf.on.login(registry=registry)(_login)
     health = Health(watcher, metrics)
     host, _, port = options.http.rpartition(":")
+    # kopf would ask for the user's name, and a uid of which /etc/passwd knows nothing has none. Its type is not public.
+    identity: Any = f"{socket.gethostname()}-{os.getpid()}"
     log.info("health and metrics on port %d", await health.serve(host, int(port)))
     try:
         await kopf.operator(
-            registry=registry, settings=settings, clusterwide=not namespaces, namespaces=namespaces,
+            registry=registry, settings=settings, clusterwide=not namespaces, namespaces=namespaces, identity=identity,
             standalone=not options.peering, peering_name=options.peering or None,
             priority=os.getpid() if options.peering else None,
         )  # fmt: skip

