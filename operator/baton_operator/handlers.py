@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 TICK_S = 5.0
 _SETTLED_S = 10.0
 """After kopf's list has begun, its watch shows everything from then on; what was deleted before, a list."""
+_MAX_PASSES = 64
+"""At once: each holds some 400 KB of parsed objects. Many more than calls in flight, since some wait for gateways."""
 _BURST_S = 0.03
 """A child's change is looked at so much later: rollouts change many children at once."""
 
@@ -56,7 +58,7 @@ class Watcher:
         self._kinds = watched(apis)
         self._namespaces = namespaces
         self._resync_s = resync_s
-        self._queue = WorkQueue[Key](self._work, asyncio.get_running_loop())
+        self._queue = WorkQueue[Key](self._work, asyncio.get_running_loop(), _MAX_PASSES)
         self._due = dict.fromkeys(self._kinds, 0.0)
         self._ticks: asyncio.Task[None] | None = None
         self.is_synced = False

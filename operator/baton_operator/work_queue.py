@@ -24,9 +24,11 @@ class Scheduler(Protocol):
 class WorkQueue(Generic[K]):
     """Keys that wait for their time, and keys that are worked on. Many requests for a key are one."""
 
-    def __init__(self, work: Callable[[K], Awaitable[None]], scheduler: Scheduler) -> None:
+    def __init__(self, work: Callable[[K], Awaitable[None]], scheduler: Scheduler, max_running: int) -> None:
         self._work = work
         self._scheduler = scheduler
+        self._max_running = max_running
+        self._blocked: dict[K, None] = {}  # due, without a free slot; in the order in which they will start
         self._waiting: dict[K, tuple[float, Timer]] = {}
         self._running: dict[K, asyncio.Task[None]] = {}
         self._is_closed = False
@@ -43,6 +45,7 @@ class WorkQueue(Generic[K]):
 
     def drop(self, key: K) -> None:
         """Forget what waits for this key."""
+        self._blocked.pop(key, None)
         known = self._waiting.pop(key, None)
         if known is not None:
             known[1].cancel()
@@ -64,8 +67,11 @@ class WorkQueue(Generic[K]):
         await asyncio.gather(*running, return_exceptions=True)
 
     def _start(self, key: K) -> None:
-        """Its time has come. While the key is worked on it waits on, and starts when that ends."""
+        """Its time has come. While it is worked on, or all slots are taken, it waits on."""
         if key in self._running:
+            return
+        if len(self._running) >= self._max_running:
+            self._blocked[key] = None
             return
         self._waiting.pop(key, None)
         task = asyncio.ensure_future(self._work(key))
@@ -75,7 +81,11 @@ class WorkQueue(Generic[K]):
     def _ended(self, key: K) -> None:
         task = self._running.pop(key)
         known = self._waiting.get(key)
-        if known is not None and known[0] <= self._scheduler.time() and not self._is_closed:
-            self._start(key)
+        if known is not None and known[0] <= self._scheduler.time():
+            self._blocked[key] = None  # behind those that wait already
+        while self._blocked and len(self._running) < self._max_running and not self._is_closed:
+            following = next(iter(self._blocked))
+            del self._blocked[following]
+            self._start(following)
         if not task.cancelled() and (error := task.exception()) is not None:
             raise error  # to the event loop's handler: `work` lets nothing through but bugs

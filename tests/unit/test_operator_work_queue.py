@@ -41,7 +41,7 @@ class FakeScheduler:
 
 
 async def settle() -> None:
-    for _ in range(5):
+    for _ in range(20):
         await asyncio.sleep(0)
 
 
@@ -67,7 +67,7 @@ class Work:
 async def test_many_requests_are_one_at_the_soonest_time() -> None:
     scheduler = FakeScheduler()
     work = Work(scheduler)
-    queue = WorkQueue[str](work, scheduler)
+    queue = WorkQueue[str](work, scheduler, 8)
     for delay_s in (5.0, 1.0, 3.0):
         queue.add("a", delay_s)
     await scheduler.advance(10.0)
@@ -78,7 +78,7 @@ async def test_a_key_that_changes_while_it_is_worked_on_is_worked_on_again_and_n
     scheduler = FakeScheduler()
     work = Work(scheduler)
     work.gates["a"] = asyncio.Event()
-    queue = WorkQueue[str](work, scheduler)
+    queue = WorkQueue[str](work, scheduler, 8)
     queue.add("a")
     await scheduler.advance(0.0)
     queue.add("a")
@@ -95,7 +95,7 @@ async def test_a_later_request_made_meanwhile_waits_for_its_time() -> None:
     scheduler = FakeScheduler()
     work = Work(scheduler)
     work.gates["a"] = asyncio.Event()
-    queue = WorkQueue[str](work, scheduler)
+    queue = WorkQueue[str](work, scheduler, 8)
     queue.add("a")
     await scheduler.advance(0.0)
     queue.add("a", 7.0)
@@ -110,7 +110,7 @@ async def test_closing_cancels_what_runs_and_what_waits() -> None:
     scheduler = FakeScheduler()
     work = Work(scheduler)
     work.gates["a"] = asyncio.Event()
-    queue = WorkQueue[str](work, scheduler)
+    queue = WorkQueue[str](work, scheduler, 8)
     queue.add("a")
     queue.add("b", 5.0)
     await scheduler.advance(0.0)
@@ -120,3 +120,20 @@ async def test_closing_cancels_what_runs_and_what_waits() -> None:
     await scheduler.advance(10.0)
     assert [key for key, _ in work.begun] == ["a"]
     assert work.num_running == 0
+
+
+async def test_no_more_run_at_once_than_there_are_slots_and_each_gets_its_turn() -> None:
+    scheduler = FakeScheduler()
+    work = Work(scheduler)
+    work.gates = {key: asyncio.Event() for key in "ab"}
+    queue = WorkQueue[str](work, scheduler, 2)
+    for key in "abcd":
+        queue.add(key)
+    await scheduler.advance(0.0)
+    queue.add("a")
+    await scheduler.advance(1.0)
+    assert [key for key, _ in work.begun] == ["a", "b"]
+    assert queue.num_due == 5
+    work.gates["a"].set()
+    await settle()
+    assert [key for key, _ in work.begun] == ["a", "b", "c", "d", "a"]
