@@ -116,10 +116,11 @@ def num_seen(namespace: Namespace) -> int:
 
 def changes(cluster: Cluster, namespace: Namespace, size: int, count: int) -> Iterator[float]:
     """Seconds from each change of a spec to the event of its gateway Deployment."""
-    chance = random.Random(size)
+    chance, given = random.Random(size), Counter[str]()
     with watched_deployments(cluster, namespace) as seen:
-        for number in range(count):
-            name, replicas = f"s{chance.randrange(size)}", 2 + number % 7
+        for _ in range(count):
+            name = f"s{chance.randrange(size)}"
+            given[name] = replicas = given[name] % 7 + 2  # always another number than before
             patch = {"spec": {"gateway": {"replicas": replicas}}}
             started = time.monotonic()
             namespace.admin.merge(namespace.path(SERVICES, "llmservices", name), patch)
