@@ -133,10 +133,15 @@ class ProbeReport:
 
 @dataclass(frozen=True, slots=True)
 class GatewayReport:
-    """What one gateway pod said of itself (GET /internal/status). `serving_revision` None: it did not answer."""
+    """What one gateway pod said of itself (GET /internal/status).
+
+    `serving_revision` is what its routing file said last; None: it did not answer. `routed_revision` is where it would
+    send a request now, which is another one while the serving revision has no pair; None: the request would wait.
+    """
 
     address: str
     serving_revision: str | None
+    routed_revision: str | None = None
     is_registry_connected: bool = True
 
 

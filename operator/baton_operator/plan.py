@@ -38,6 +38,9 @@ from baton_operator.rollout import (
     Workers,
     advance,
     gather_facts,
+    held_count,
+    held_revision,
+    leaving_revisions,
     read_rollout,
     trial_probe,
     trial_sizes,
@@ -165,7 +168,9 @@ class _Planner:
         self.before = read_rollout(self.routing if is_readable else None, desired, observed, self.facts)
         self.rollout = advance(self.before, desired, self.facts, now)
         self.counts = worker_counts(self.rollout, desired, self.facts)
-        self.leaving = sorted(self.facts.revisions - {revision for revision, _ in self.counts})
+        self.leaving = sorted(leaving_revisions(self.rollout, self.facts))
+        routed = [report.routed_revision for report in observed.gateways if report.routed_revision is not None]
+        self.held = held_revision(self.rollout, self.facts, routed)
         self.steps: list[Step] = []
         self.refused = [f"{failure.ref}: {failure.message}" for failure in observed.failures]
         self.wakes: list[RequeueAfter] = []
@@ -273,32 +278,32 @@ class _Planner:
         """Revisions that neither serve nor are on trial: none may leave while a gateway may still send to it."""
         if not self.leaving:
             return
-        if not self._all_gateways_follow():
-            words = f"gateways should serve {self.rollout.serving} before {', '.join(self.leaving)} may go"
+        is_followed = self._all_gateways_follow()
+        if not is_followed or self.held:
+            words = f"gateways should serve {self.rollout.serving} before {self.held or ', '.join(self.leaving)} may go"
             self._ask_gateways(words)
             self.wakes.append(RequeueAfter(ASK_INTERVAL_S, words))
+        if not is_followed:
             return
-        for (revision, _), workers in sorted(self.facts.workers.items()):
+        for (revision, role), workers in sorted(self.facts.workers.items()):
             if revision not in self.leaving:
                 continue
-            if workers.wanted > 0:
-                self.steps.append(_scale(workers, 0, f"revision {revision} drains"))
-            elif workers.current == 0 and workers.is_settled:
+            count = held_count(workers, self.desired, self.facts, role) if revision == self.held else 0
+            if workers.wanted > count:
+                self.steps.append(_scale(workers, count, f"revision {revision} drains"))
+            elif workers.most == 0 and workers.is_settled and revision not in (self.held, self.rollout.failed):
                 words = f"revision {revision} has drained"
                 self.steps.append(Delete(workers.ref, workers.uid, workers.resource_version, words))
 
     def _all_gateways_follow(self) -> bool:
         """Whether every ready gateway said, since the last change, that it serves what it should."""
-        ready = self._num_ready_gateways()
+        ready = self.facts.num_ready_gateways
         if ready == 0:
             return True  # nobody sends anything
         if self.observed.gateways_at < self.rollout.since:
             return False
         serving = [report.serving_revision for report in self.observed.gateways if report.serving_revision is not None]
         return len(serving) >= ready and all(revision == self.rollout.serving for revision in serving)
-
-    def _num_ready_gateways(self) -> int:
-        return int(status_of(self.observed.objects.get(ref_of(self.desired.gateway))).get("readyReplicas", 0))
 
     def _prune(self) -> None:
         """What was desired once. Only at rest: workers of an older revision may still mount or reach it."""
@@ -321,7 +326,7 @@ class _Planner:
         if rollout.candidate is not None:
             left = rollout.since + self.desired.progress_deadline_s - self.now
             self.wakes.append(RequeueAfter(max(left, PROBE_RETRY_S), f"deadline of revision {rollout.candidate}"))
-        if self._num_ready_gateways() == 0:
+        if facts.num_ready_gateways == 0:
             return
         if rollout.candidate is not None and facts.is_up(rollout.candidate, trial_sizes(self.desired, facts)):
             self._probe(rollout.candidate, trial_probe(rollout, facts), "on trial")
@@ -347,7 +352,7 @@ class _Planner:
 
     def _tell(self) -> None:
         situation = Situation(
-            self.desired, self.observed, self.facts, self.rollout, tuple(self.leaving), tuple(self.refused)
+            self.desired, self.observed, self.facts, self.rollout, tuple(self.leaving), self.held, tuple(self.refused)
         )
         for role, pool in self.desired.pools.items():
             ref = ref_of(pool.pool)

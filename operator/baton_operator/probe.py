@@ -60,7 +60,12 @@ class Gateways:
         if status != 200:
             return GatewayReport(address, None)
         registry: dict[str, Any] = answer.get("registry") or {}
-        return GatewayReport(address, answer.get("servingRevision"), registry.get("connected") is not False)
+        return GatewayReport(
+            address,
+            answer.get("servingRevision"),
+            answer.get("routedRevision"),
+            is_registry_connected=registry.get("connected") is not False,
+        )
 
     async def _call(
         self, method: str, address: str, what: str, secret: str, body: dict[str, Any] | None, timeout_s: float

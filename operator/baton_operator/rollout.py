@@ -11,7 +11,8 @@ workers only as older ones go: never more than twice a pool (Surge) or the pool 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -25,6 +26,7 @@ from baton_operator.objects import (
     ProbeReport,
     Ref,
     is_owned,
+    ref_of,
     status_of,
 )
 
@@ -81,6 +83,7 @@ class Facts:
     workers: Mapping[tuple[str, str], Workers]  # by revision, role
     sizes: Mapping[str, int]  # how many workers each role should have
     probes: Mapping[str, ProbeReport]
+    num_ready_gateways: int
 
     def of(self, revision: str | None, role: str) -> Workers | None:
         return self.workers.get((revision, role)) if revision else None
@@ -116,7 +119,8 @@ def gather_facts(desired: Desired, observed: Observed) -> Facts:
         if role in ROLES and not body["metadata"].get("deletionTimestamp"):
             workers[labels[REVISION_LABEL], role] = _workers(ref, body)
     sizes = {role: _size(desired, observed, role) for role in ROLES}
-    return Facts(workers, sizes, observed.probes)
+    num_ready_gateways = int(status_of(observed.objects.get(ref_of(desired.gateway))).get("readyReplicas", 0))
+    return Facts(workers, sizes, observed.probes, num_ready_gateways)
 
 
 def read_rollout(config_map: Manifest | None, desired: Desired, observed: Observed, facts: Facts) -> Rollout | None:
@@ -165,8 +169,9 @@ def _judge(rollout: Rollout, desired: Desired, facts: Facts, now: float) -> Roll
     if is_up and probe is not None and probe.is_ok:
         return Rollout(target, is_proven=True, since=now)
     is_late = now - rollout.since > desired.progress_deadline_s
-    if is_late and not (is_up and probe is None):  # an operator that was away asks before it judges
-        why = f"the probe failed: {probe.message}" if is_up and probe else _missing(target, desired, facts)
+    can_ask = is_up and probe is None and facts.num_ready_gateways > 0
+    if is_late and not can_ask:  # an operator that was away asks before it judges
+        why = _what_failed(target, probe, desired, facts) if is_up else _missing(target, desired, facts)
         failure = f"no answer in {desired.progress_deadline_s:g} s: {why}"
         return replace(rollout, candidate=None, since=now, failed=target, failure=failure)
     return rollout
@@ -186,7 +191,8 @@ def trial_sizes(desired: Desired, facts: Facts) -> dict[str, int]:
 def worker_counts(rollout: Rollout, desired: Desired, facts: Facts) -> dict[tuple[str, str], int]:
     """Replicas of each worker Deployment that is to exist, by revision and role.
 
-    Revisions that neither serve nor are on trial are not in it: they drain (plan.py asks the gateways first).
+    Revisions that neither serve nor are on trial are not in it: they drain (plan.py asks the gateways first). So does
+    one that failed, but its Deployments stay.
     """
     counts: dict[tuple[str, str], int] = {}
     for role, size in facts.sizes.items():
@@ -201,9 +207,36 @@ def worker_counts(rollout: Rollout, desired: Desired, facts: Facts) -> dict[tupl
             held[serving] = max(held.get(serving, 0), counts[serving, role])  # it may grow in this pass
             left = room - sum(most for revision, most in held.items() if revision != trial)
             counts[trial, role] = max(0, min(trial_sizes(desired, facts)[role], left))
-        if rollout.failed is not None and rollout.failed == desired.revision:
-            counts[rollout.failed, role] = 0
     return counts
+
+
+def leaving_revisions(rollout: Rollout, facts: Facts) -> set[str]:
+    """Revisions that have something left and should not; of one that failed, Deployments without workers may stay."""
+    others = facts.revisions - {rollout.serving, rollout.candidate}
+    return {
+        revision
+        for (revision, _), workers in facts.workers.items()
+        if revision in others and (revision != rollout.failed or workers.most > 0)
+    }
+
+
+def held_revision(rollout: Rollout, facts: Facts, routed: Sequence[str]) -> str | None:
+    """The leaving revision that may not go yet. `routed`: where each gateway would send a request now.
+
+    Gateways rather use any complete revision than none: one that was given up and came up late serves while the serving
+    one has no pair. At most one is held, that of most gateways, so that there is room for the serving one.
+    """
+    leaving = leaving_revisions(rollout, facts)
+    votes = Counter(revision for revision in routed if revision in leaving)
+    if not facts.has_pair(rollout.serving):  # what the gateways said may be older than what we see
+        votes.update(revision for revision in leaving if facts.has_pair(revision))
+    return max(votes, key=lambda revision: (votes[revision], revision), default=None)
+
+
+def held_count(workers: Workers, desired: Desired, facts: Facts, role: str) -> int:
+    """What a held revision keeps: no more than leaves room for the serving one, as if that were on trial."""
+    size = facts.sizes[role]
+    return min(workers.wanted, _kept(size) if desired.replaces else size)
 
 
 # ---------------------------------------------------------------- parts
@@ -212,6 +245,17 @@ def worker_counts(rollout: Rollout, desired: Desired, facts: Facts) -> dict[tupl
 def _kept(size: int) -> int:
     """Old workers that Replace keeps until the new revision serves: a pool of one has none to spare."""
     return 1 if size >= 2 else 0
+
+
+def _what_failed(revision: str, probe: ProbeReport | None, desired: Desired, facts: Facts) -> str:
+    """Of a revision that is up."""
+    if probe is not None:
+        return f"the probe failed: {probe.message}"
+    return f"its workers are ready, but no gateway is, so nothing could probe it; see Deployment/{_gateway(desired)}"
+
+
+def _gateway(desired: Desired) -> str:
+    return str(desired.gateway["metadata"]["name"])
 
 
 def _missing(revision: str, desired: Desired, facts: Facts) -> str:

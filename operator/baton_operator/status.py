@@ -20,7 +20,6 @@ from baton_operator.objects import (
     Manifest,
     Observed,
     ProbeReport,
-    ref_of,
     status_of,
 )
 from baton_operator.rollout import Facts, Rollout
@@ -45,7 +44,11 @@ class Situation:
     facts: Facts
     rollout: Rollout
     draining: tuple[str, ...]  # revisions that are on their way out
+    held: str | None  # the one of them that requests still go to
     refused: tuple[str, ...]  # objects that could not be made, each with why
+
+
+_RETRY = "Apply a mended spec; this one is tried again only after another one (the former one will do)"
 
 
 def service_status(situation: Situation, now: float) -> dict[str, Any]:
@@ -93,11 +96,6 @@ def judge(situation: Situation, old: Mapping[str, Any]) -> tuple[Verdict, ...]:
     return (_ready(situation, parts, old), *parts, transfer, _progressing(situation), _degraded(situation))
 
 
-def ready_gateways(situation: Situation) -> int:
-    live = situation.observed.objects.get(ref_of(situation.desired.gateway))
-    return int(status_of(live).get("readyReplicas", 0))
-
-
 # ---------------------------------------------------------------- conditions
 
 
@@ -112,7 +110,7 @@ def _pool_ready(situation: Situation, role: str) -> Verdict:
 
 
 def _gateway_ready(situation: Situation) -> Verdict:
-    wanted, ready = int(situation.desired.gateway["spec"]["replicas"]), ready_gateways(situation)
+    wanted, ready = int(situation.desired.gateway["spec"]["replicas"]), situation.facts.num_ready_gateways
     words = f"{ready} of {wanted} gateways ready"
     if ready == 0:
         return Verdict("GatewayReady", False, "NoneReady", words)
@@ -149,9 +147,14 @@ def _progressing(situation: Situation) -> Verdict:
     if rollout.candidate:
         seen = ", ".join(f"{facts.ready(rollout.candidate, role)} {role} workers ready" for role in ROLES)
         words = f"revision {rollout.candidate} is on trial beside {rollout.serving}: {seen}"
+        if facts.num_ready_gateways == 0:
+            words += ", no gateway is ready to probe it"
         return Verdict("Progressing", True, "Trial", words)
     if situation.draining:
-        return Verdict("Progressing", True, "Draining", f"revision {', '.join(situation.draining)} is on its way out")
+        words = f"revision {', '.join(situation.draining)} is on its way out"
+        if situation.held:
+            words += f"; {situation.held} stays while requests go to it: they can not yet go to {rollout.serving}"
+        return Verdict("Progressing", True, "Draining", words)
     if not facts.is_up(rollout.serving, facts.sizes):
         return Verdict("Progressing", True, "WaitingForWorkers", f"revision {rollout.serving} gets its workers")
     return Verdict("Progressing", False, "AtRest", f"revision {rollout.serving} has all its workers")
@@ -162,7 +165,7 @@ def _degraded(situation: Situation) -> Verdict:
     if situation.refused:
         return Verdict("Degraded", True, "Refused", "; ".join(situation.refused))
     if rollout.failed == desired.revision:
-        words = f"revision {rollout.failed} was rolled back, {rollout.serving} serves: {rollout.failure}"
+        words = f"revision {rollout.failed} was rolled back, {rollout.serving} serves: {rollout.failure}. {_RETRY}"
         return Verdict("Degraded", True, "RolledBack", words)
     if any(not report.is_registry_connected for report in situation.observed.gateways):
         return Verdict("Degraded", True, "RegistryLost", "gateways route by what they knew last, and by DNS")

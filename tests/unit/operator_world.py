@@ -183,7 +183,9 @@ class Cluster:
                 words = "1 KiB in 1 ms" if is_ok else "no answer"
                 self.memory.probes[revision] = ProbeReport(revision, self.now, is_ok, is_remote, words)
             case AskGateways():
-                self.memory.gateways = tuple(GatewayReport(f"g{i}", seen) for i, seen in enumerate(self.serving))
+                self.memory.gateways = tuple(
+                    GatewayReport(f"g{i}", seen, self.routed(seen)) for i, seen in enumerate(self.serving)
+                )
                 self.memory.gateways_at = self.now
             case Event():
                 self.events.append(step)
@@ -259,9 +261,30 @@ class Cluster:
         images = {body["spec"]["template"]["spec"]["containers"][0]["image"] for body in bodies if body}
         return all(self.ready(revision, role) for role in roles) and "mute" not in images and bool(self.serving)
 
+    def routed(self, serving: str | None) -> str | None:
+        """Where a gateway that read `serving` would send a request: the rule of gateway/revisions.py."""
+        found = sorted({revision for revision, _ in self.workers() if self.ready(revision, "decode")})
+        complete = {revision for revision in found if self.has_pair(revision)}
+        return max(found, key=lambda revision: (revision in complete, revision == serving, revision), default=None)
+
+    def has_pair(self, revision: str) -> bool:
+        return all(self.ready(revision, role) for role in ("prefill", "decode") if self.size(role))
+
+    def size(self, role: str) -> int:
+        """What the pool should have."""
+        pool = self.desired.pools[role]
+        asked = self.objects.get(Ref(API_VERSION, POOL_KIND, f"chat-{role}"), {}).get("spec", {}).get("replicas")
+        return pool.replicas if pool.replicas is not None else pool.clamp(pool.seed if asked is None else asked)
+
     def condition(self, kind: str) -> tuple[str, str]:
-        found = next(found for found in self.service["status"]["conditions"] if found["type"] == kind)
+        found = self._condition(kind)
         return found["status"], found["reason"]
+
+    def message(self, kind: str) -> str:
+        return self._condition(kind)["message"]
+
+    def _condition(self, kind: str) -> dict[str, Any]:
+        return next(found for found in self.service["status"]["conditions"] if found["type"] == kind)
 
     def picture(self) -> dict[str, Any]:
         """Everything that matters of the end state: without versions, times and whoever owns a field."""

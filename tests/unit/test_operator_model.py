@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from baton_operator.objects import API_VERSION, POOL_KIND, ROLES, Observed, Ref
+from baton_operator.objects import ROLES, Observed, Ref
 from baton_operator.plan import Apply, Delete, MakeSecret, Scale, Status, Step
 from tests.unit.operator_world import Cluster, Conflict, Memory
 
@@ -147,14 +147,9 @@ class Rollouts(RuleBasedStateMachine):
                 self.check_flip(served)
 
     def routed(self) -> set[str]:
-        """Revisions that requests may go to: what the file says and what gateways have read."""
-        return {revision for revision in (self.cluster.serving_revision, *self.cluster.serving) if revision}
-
-    def size(self, role: str) -> int:
-        pool = self.cluster.desired.pools[role]
-        live = self.cluster.objects.get(Ref(API_VERSION, POOL_KIND, f"chat-{role}"), {})
-        asked = live.get("spec", {}).get("replicas")
-        return pool.replicas if pool.replicas is not None else pool.clamp(pool.seed if asked is None else asked)
+        """Revisions that requests may go to: what the file says, what gateways have read, where they send now."""
+        told = {self.cluster.serving_revision, *self.cluster.serving}
+        return {revision for revision in told | {self.cluster.routed(each) for each in told} if revision}
 
     def check_room(self, before: dict[tuple[str, str], int]) -> None:
         """No write takes a pool above what its strategy allows; what is above already does not grow."""
@@ -163,18 +158,21 @@ class Rollouts(RuleBasedStateMachine):
                 sum(count for (_, of), count in counts.items() if of == role)
                 for counts in (self.cluster.counts(), before)
             )
-            room = self.size(role) * (1 if self.replaces else 2)
+            room = self.cluster.size(role) * (1 if self.replaces else 2)
             assert total <= max(room, was), f"{role}: {before} -> {self.cluster.counts()}, room {room}"
 
     def check_last_workers(self, before: dict[tuple[str, str], int], routed: set[str]) -> None:
         """Replace may: where a pool has one worker there is no room for two."""
         after = self.cluster.counts()
         for (revision, role), count in before.items():
-            if revision not in routed or not count or after.get((revision, role), 0) or not self.size(role):
+            if revision not in routed or not count or after.get((revision, role), 0) or not self.cluster.size(role):
                 continue
-            is_replaced = self.replaces and self.size(role) == 1 and self.cluster.rollout["candidate"]
-            had_pair = all(self.cluster.ready(revision, of) for of in ROLES if self.size(of))
-            assert is_replaced or not had_pair, f"the last {role} worker of {revision} is gone; routed: {routed}"
+            told = (self.cluster.serving_revision, *self.cluster.serving)
+            gives_way = self.cluster.rollout["candidate"] is not None or revision not in told
+            is_replaced = self.replaces and self.cluster.size(role) == 1 and gives_way
+            assert is_replaced or not self.cluster.has_pair(revision), (
+                f"the last {role} worker of {revision} is gone; routed: {routed}"
+            )
 
     def check_flip(self, served: str | None) -> None:
         """Only a revision that answered takes over from one that could serve.
@@ -184,7 +182,7 @@ class Rollouts(RuleBasedStateMachine):
         serving = self.cluster.serving_revision
         if None in (serving, served) or serving == served or serving in self.answered:
             return
-        could = all(self.cluster.ready(served, role) for role in ROLES if self.size(role))
+        could = all(self.cluster.ready(served, role) for role in ROLES if self.cluster.size(role))
         assert not could, f"{serving} serves and never answered, although {served} could"
 
     @invariant()

@@ -289,6 +289,112 @@ def test_no_old_worker_leaves_before_every_ready_gateway_follows() -> None:
     assert (old, "decode") not in cluster.workers()
 
 
+def given_up_and_late(strategy: str = "Surge", size: int = 2) -> tuple[Cluster, str]:
+    """A first revision whose workers came when another one was asked for already, which has none yet."""
+    rollout = {"rollout": {"strategy": strategy}}
+    cluster = Cluster(pools(size, size, **rollout))
+    cluster.reconcile()
+    cluster.tick(only={GATEWAY})
+    first = cluster.desired.revision
+    cluster.set_spec(pools(size, size, "good-1", **rollout))
+    cluster.reconcile()
+    assert cluster.serving_revision == cluster.desired.revision, "nothing was there to protect"
+    cluster.now += 1
+    cluster.tick(only={ref for ref in cluster.objects if first in ref.name})
+    cluster.serving = [cluster.desired.revision]
+    return cluster, first
+
+
+@pytest.mark.parametrize(("strategy", "kept"), [("Surge", 2), ("Replace", 1)])
+def test_a_revision_that_was_given_up_and_came_late_stays_while_gateways_route_to_it(strategy: str, kept: int) -> None:
+    cluster, first = given_up_and_late(strategy)
+    for _ in range(5):
+        cluster.reconcile()
+        cluster.tick(only={ref for ref in cluster.objects if first in ref.name})
+        cluster.now += 2
+        assert min(cluster.counts()[first, role] for role in ("prefill", "decode")) >= kept
+    assert cluster.counts()[first, "decode"] == cluster.counts()[first, "prefill"] == kept
+    assert cluster.counts()[cluster.desired.revision, "decode"] > 0, "it leaves room for the one that should serve"
+    assert f"{first} stays while requests go to it" in cluster.message("Progressing")
+    cluster.converge()
+    assert {revision for revision, _ in cluster.workers()} == {cluster.desired.revision}
+
+
+def test_a_gateway_that_routes_to_a_leaving_revision_holds_it_whatever_its_file_says() -> None:
+    """Pods of the new revision are ready, and this gateway cannot reach them."""
+    cluster, first = given_up_and_late()
+    cluster.tick()
+    for _ in range(5):
+        cluster.memory.gateways = (GatewayReport("g0", cluster.desired.revision, first),)
+        cluster.memory.gateways_at = cluster.now
+        assert not any(isinstance(step, Scale | Delete) for step in cluster.plan())
+        assert any(isinstance(step, AskGateways) for step in cluster.plan())
+        cluster.now += 2
+    cluster.reconcile()  # asks
+    cluster.now += 2
+    assert any(isinstance(step, Scale) for step in cluster.plan())
+
+
+def test_of_two_leaving_revisions_that_gateways_route_to_one_makes_room() -> None:
+    cluster, first = given_up_and_late()
+    second = cluster.desired.revision
+    cluster.set_spec(pools(2, 2, "good-2"))
+    cluster.reconcile()
+    cluster.memory.gateways = tuple(
+        GatewayReport(f"g{index}", cluster.desired.revision, routed) for index, routed in enumerate((first, second))
+    )
+    cluster.memory.gateways_at = cluster.now
+    scaled = {step.ref.name.rpartition("-")[2] for step in cluster.plan() if isinstance(step, Scale)}
+    assert len(scaled & {first, second}) == 1
+
+
+def test_a_failed_revision_that_gateways_route_to_stays_until_the_serving_one_is_back() -> None:
+    spec = {"rollout": {"progressDeadline": "5m"}}
+    cluster = at_rest(pools(**spec))
+    good = cluster.desired.revision
+    cluster.set_spec(pools(image="mute", **spec))
+    bad = cluster.desired.revision
+    cluster.reconcile()
+    cluster.tick()
+    for role in ("prefill", "decode"):
+        cluster.workers()[good, role]["status"]["readyReplicas"] = 0  # its nodes are gone
+    cluster.now += 400
+    for _ in range(4):
+        cluster.reconcile()
+        cluster.now += 2
+    assert cluster.rollout["failed"] == bad
+    assert cluster.counts()[bad, "decode"] == 1
+    cluster.converge()  # the nodes are back
+    assert cluster.counts()[bad, "decode"] == 0
+    assert cluster.serving_revision == good
+
+
+def test_a_trial_that_is_up_while_no_gateway_is_ready_ends_at_the_deadline_and_says_what_to_do() -> None:
+    spec = {"rollout": {"progressDeadline": "5m"}}
+    cluster = at_rest(pools(**spec))
+    good = cluster.desired.revision
+    cluster.set_spec(pools(image="good-1", **spec))
+    cluster.reconcile()
+    cluster.tick()
+    cluster.objects[GATEWAY]["status"]["readyReplicas"] = 0
+    cluster.now += 200
+    cluster.reconcile()
+    assert "no gateway is ready" in cluster.message("Progressing")
+    assert any(isinstance(step, RequeueAfter) and step.seconds <= 100 for step in cluster.plan())
+    cluster.now += 101
+    cluster.reconcile()
+    assert cluster.serving_revision == good
+    assert cluster.condition("Degraded") == ("True", "RolledBack")
+    message = cluster.message("Degraded")
+    assert "no gateway is" in message
+    assert "Deployment/chat-gateway" in message
+    assert "Apply a mended spec" in message
+    assert cluster.condition("GatewayReady") == ("False", "NoneReady")
+    cluster.tick()
+    cluster.converge()
+    assert cluster.counts()[cluster.desired.revision, "decode"] == 0
+
+
 def test_what_gateways_said_before_the_flip_counts_for_nothing() -> None:
     cluster = at_rest(pools())
     cluster.set_spec(pools(image="good-1"))

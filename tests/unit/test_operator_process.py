@@ -12,6 +12,8 @@ import pytest
 from baton_operator import __main__ as command
 from baton_operator import run
 from baton_operator.desired import Platform
+from baton_operator.objects import GatewayReport
+from baton_operator.probe import Gateways
 from helm.values import Values
 
 
@@ -59,3 +61,13 @@ def test_a_user_without_a_name_may_run_the_operator(monkeypatch: pytest.MonkeyPa
     options = command._parser().parse_args(flags)  # pyright: ignore[reportPrivateUsage]
     asyncio.run(run._run(options, "here"))  # pyright: ignore[reportPrivateUsage]
     assert given["identity"]
+
+
+def test_a_gateway_is_heard_on_what_it_was_told_and_on_where_it_sends_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def call(*_: object) -> tuple[int, dict[str, Any]]:
+        return 200, {"servingRevision": "new", "routedRevision": "old", "registry": {"connected": False}}
+
+    monkeypatch.setattr(Gateways, "_call", call)
+    assert asyncio.run(Gateways().ask(["g0"], "secret")) == (GatewayReport("g0", "new", "old", False),)
