@@ -37,6 +37,9 @@ class _FaultyTransport:
         self._failpoints = failpoints
         self._last_ticket = b""
 
+    async def warm_up(self) -> None:
+        await self._transport.warm_up()
+
     async def open(self, ticket: bytes, boot_id: bytes) -> BlockPuller:
         if self._failpoints.due("replay-ticket"):
             ticket = self._last_ticket

@@ -51,6 +51,9 @@ class FaultyTransport:
     def name(self) -> str:
         return self._inner.name
 
+    async def warm_up(self) -> None:
+        await self._inner.warm_up()
+
     async def open(self, ticket: bytes, boot_id: bytes) -> BlockPuller:
         return _FaultyPuller(await self._inner.open(ticket, boot_id), self._plan, self.resume)
 

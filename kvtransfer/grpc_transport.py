@@ -123,6 +123,9 @@ class GrpcBlockTransport:
         self._method = rpc.server_stream_call(self._channel, _METHOD, pb.PullBlocks.SerializeToString, _identity)
         self._threads = ThreadPoolExecutor(max_threads, thread_name_prefix="pull")
 
+    async def warm_up(self) -> None:
+        """The control stream has proved the way to P; the data connection is made by the first join."""
+
     async def open(self, ticket: bytes, boot_id: bytes) -> BlockPuller:
         method = functools.partial(self._method, metadata=self._secret.metadata)
         puller = _GrpcPuller(method, self._threads, self._block_bytes, ticket, boot_id)

@@ -21,6 +21,9 @@ class MemoryBlockTransport:
         self._source = source
         self._is_closed = False
 
+    async def warm_up(self) -> None:
+        """There is nothing to connect."""
+
     async def open(self, ticket: bytes, boot_id: bytes) -> BlockPuller:
         if self._is_closed:
             raise TransportLost("the transport is closed")

@@ -218,6 +218,9 @@ class ShmBlockTransport:
         self._joins = ThreadPoolExecutor(1, thread_name_prefix="shm-join")
         self._copies = ThreadPoolExecutor(_NUM_COPY_THREADS, thread_name_prefix="shm-copy")
 
+    async def warm_up(self) -> None:
+        """The mapping is made by the first join: one round trip on this host."""
+
     async def open(self, ticket: bytes, boot_id: bytes) -> BlockPuller:
         try:
             joining = self._joins.submit(self._join, ticket, boot_id)

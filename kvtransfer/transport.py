@@ -12,10 +12,7 @@ tests/contract/test_transport_contract.py:
     memory   in process, the fake that ships                     kvtransfer/memory_transport.py
     grpc     Pull calls, over any network                        kvtransfer/grpc_transport.py
     shm      one host: P's memfd mapped read-only, D copies      kvtransfer/shm_transport.py
-
-NIXL takes its place here as a fourth BlockTransport: `open` exchanges agent metadata once per boot id, `pull` posts
-one READ per run of contiguous blocks and returns only when every posted handle is terminal, for a posted RDMA operation
-cannot be taken back and its destination is not ours until then. The generation table is read after it the same way.
+    nixl     one-sided reads over UCX, RDMA where there is any   kvtransfer/nixl_transport.py
 """
 
 from __future__ import annotations
@@ -31,6 +28,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
+
+import numpy as np
 
 from kvtransfer import frames
 from kvtransfer.errors import BlockNotPublished, TicketRefused, TransportLost
@@ -123,6 +122,10 @@ class BlockTransport(Protocol):
     @property
     def name(self) -> str: ...
 
+    async def warm_up(self) -> None:
+        """Do what the first transfer would have to wait for. Bounded in time. Raises: TransportLost."""
+        ...
+
     async def open(self, ticket: bytes, boot_id: bytes) -> BlockPuller:
         """Join a ticket of the worker incarnation `boot_id`. A ticket can be joined once.
 
@@ -159,7 +162,12 @@ class BlockSource:
         self._lock = threading.Lock()
         self._tickets: dict[bytes, _OpenTicket] = {}
         self._num_publications = [0] * self.num_blocks
-        self.generation_table = GenerationTable(self.num_blocks)
+        self.generation_table = GenerationTable(self.num_blocks, boot_id)
+
+    @property
+    def address(self) -> int:
+        """Where block 0 begins in this process."""
+        return address_of(self._memory)
 
     def open(self, ticket: bytes) -> None:
         with self._lock:
@@ -239,6 +247,11 @@ class BlockSource:
         return block
 
 
+def address_of(memory: memoryview) -> int:
+    """Where the memory begins in this process, for those who are told addresses."""
+    return np.frombuffer(memory, np.uint8).ctypes.data
+
+
 def sealed_memory(name: str, num_bytes: int) -> int:
     """A memfd of a size that nobody can change any more: a reader of what was cut off would be killed (SIGBUS)."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -254,15 +267,23 @@ NOT_PUBLISHED = 2**64 - 1
 class GenerationTable:
     """One 64-bit generation per block in a memfd, so that readers on the same host see it change under their copy.
 
-    Written by P only. An aligned 64-bit store is atomic on every platform we run on.
+    The boot id follows the last: who reads this memory from afar learns whose it is. Written by P only. An aligned
+    64-bit store is atomic on every platform we run on.
     """
 
-    def __init__(self, num_blocks: int) -> None:
-        self.fd = sealed_memory("baton-generations", max(1, num_blocks) * 8)
-        self._map = mmap.mmap(self.fd, max(1, num_blocks) * 8)
+    def __init__(self, num_blocks: int, boot_id: bytes) -> None:
+        self.num_bytes = num_blocks * 8 + BOOT_ID_BYTES
+        self.fd = sealed_memory("baton-generations", self.num_bytes)
+        self._map = mmap.mmap(self.fd, self.num_bytes)
         self._words = memoryview(self._map).cast("Q")
         for block_id in range(num_blocks):
             self._words[block_id] = NOT_PUBLISHED
+        self._map[num_blocks * 8 :] = boot_id
+
+    @property
+    def address(self) -> int:
+        """Where the first entry is in this process."""
+        return address_of(self._words)
 
     def __getitem__(self, block_id: int) -> int:
         return self._words[block_id]

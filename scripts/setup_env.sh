@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 VENV=.venv
 STAMP=$VENV/.baton-stamp
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/baton
-EXTRAS=worker,operator,dev
+EXTRAS=worker,operator,nixl,dev
 QUIET=--quiet
 [ -t 2 ] && QUIET= # somebody is watching: show how far it is
 

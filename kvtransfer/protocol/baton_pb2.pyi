@@ -93,7 +93,7 @@ class HelloReply(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., worker: _Optional[_Union[WorkerInfo, _Mapping[str, object]]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping[str, object]]] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker_id", "role", "boot_id", "model_id", "layout_fingerprint", "numerics_fingerprint", "deterministic", "max_model_len", "block_size", "block_bytes", "num_blocks", "shared_memory_socket", "host_id", "max_num_seqs", "version", "revision")
+    __slots__ = ("worker_id", "role", "boot_id", "model_id", "layout_fingerprint", "numerics_fingerprint", "deterministic", "max_model_len", "block_size", "block_bytes", "num_blocks", "shared_memory_socket", "host_id", "max_num_seqs", "version", "revision", "nixl")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class WorkerInfo(_message.Message):
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    NIXL_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: Role
     boot_id: bytes
@@ -126,7 +127,18 @@ class WorkerInfo(_message.Message):
     max_num_seqs: int
     version: str
     revision: str
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., boot_id: _Optional[bytes] = ..., model_id: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., numerics_fingerprint: _Optional[str] = ..., deterministic: _Optional[bool] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., shared_memory_socket: _Optional[str] = ..., host_id: _Optional[str] = ..., max_num_seqs: _Optional[int] = ..., version: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
+    nixl: NixlMemory
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., boot_id: _Optional[bytes] = ..., model_id: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., numerics_fingerprint: _Optional[str] = ..., deterministic: _Optional[bool] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., shared_memory_socket: _Optional[str] = ..., host_id: _Optional[str] = ..., max_num_seqs: _Optional[int] = ..., version: _Optional[str] = ..., revision: _Optional[str] = ..., nixl: _Optional[_Union[NixlMemory, _Mapping[str, object]]] = ...) -> None: ...
+
+class NixlMemory(_message.Message):
+    __slots__ = ("agent_metadata", "blocks_address", "control_address")
+    AGENT_METADATA_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    agent_metadata: bytes
+    blocks_address: int
+    control_address: int
+    def __init__(self, agent_metadata: _Optional[bytes] = ..., blocks_address: _Optional[int] = ..., control_address: _Optional[int] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("step_counter", "num_running", "num_waiting", "num_waiting_tokens", "num_blocks_free", "num_blocks_total", "draining", "prefill_tokens_per_s", "predicted_step_s", "num_promised", "num_filling", "num_held_tokens")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import os
 import secrets
 import socket
@@ -21,12 +22,13 @@ import grpc.aio
 import numpy as np
 import pytest
 
-from kvtransfer import rpc, shm_transport
+from kvtransfer import nixl_agent, rpc, shm_transport
 from kvtransfer.auth import Secret, SecretInterceptor
 from kvtransfer.digest import block_digest
 from kvtransfer.errors import PullError, TicketRefused, TransportLost
 from kvtransfer.grpc_transport import GrpcBlockServer, GrpcBlockTransport
 from kvtransfer.memory_transport import MemoryBlockTransport
+from kvtransfer.nixl_transport import NixlBlockTransport, NixlMemory, NixlReader
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.shm_transport import ShmBlockServer, ShmBlockTransport, is_available
 from kvtransfer.transport import BlockRead, BlockSource, BlockTransport, SourceBlock, sealed_memory
@@ -97,10 +99,30 @@ async def _shm_pair(source: BlockSource, memory: Memory) -> AsyncIterator[BlockT
         await server.aclose()
 
 
+@contextlib.asynccontextmanager
+async def _nixl_pair(source: BlockSource, memory: Memory) -> AsyncIterator[BlockTransport]:
+    server = grpc.aio.server(interceptors=[SecretInterceptor(SECRET)], options=rpc.DATA_OPTIONS)
+    methods = {"Pull": GrpcBlockServer(source).method_handler}
+    server.add_generic_rpc_handlers((rpc.service_handler("baton.v1.PrefillWorker", methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    registered = NixlMemory(source)
+    reader = NixlReader("contract", _ARENA, BLOCK_BYTES)
+    worker = pb.WorkerInfo(boot_id=source.boot_id, num_blocks=NUM_BLOCKS, block_bytes=BLOCK_BYTES, nixl=registered.info)
+    transport = NixlBlockTransport(f"127.0.0.1:{port}", worker, SECRET, reader)
+    await transport.warm_up()
+    yield transport
+    await transport.aclose()
+    reader.close()
+    registered.close()
+    await server.stop(None)
+
+
 _PAIRS: dict[str, Callable[..., contextlib.AbstractAsyncContextManager[BlockTransport]]] = {
     "memory": _memory_pair,
     "grpc": _grpc_pair,
     "shm": _shm_pair,
+    "nixl": _nixl_pair,
 }
 
 
@@ -110,6 +132,8 @@ async def transport(
 ) -> AsyncIterator[BlockTransport]:
     if request.param == "shm" and not is_available():
         pytest.skip("needs memfd and abstract unix sockets")
+    if request.param == "nixl" and not nixl_agent.is_available():
+        pytest.skip("needs the extra nixl")
     async with _PAIRS[request.param](source, memory) as pair:
         yield pair
 
@@ -122,8 +146,19 @@ def _published(source: BlockSource, block_ids: list[int]) -> tuple[bytes, list[S
     return ticket, blocks
 
 
+_ARENA = memoryview(bytearray(4 * NUM_BLOCKS * BLOCK_BYTES))
+"""D's KV memory: what a one-sided transport has registered."""
+
+_free_blocks = itertools.cycle(range(4 * NUM_BLOCKS))
+
+
 def _destinations(num_blocks: int) -> list[memoryview]:
-    return [memoryview(bytearray(BLOCK_BYTES)) for _ in range(num_blocks)]
+    """Zeroed blocks of D's, none of them handed out lately."""
+    starts = [next(_free_blocks) * BLOCK_BYTES for _ in range(num_blocks)]
+    blocks = [_ARENA[start : start + BLOCK_BYTES] for start in starts]
+    for block in blocks:
+        block[:] = bytes(BLOCK_BYTES)
+    return blocks
 
 
 class Reads:
