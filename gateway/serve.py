@@ -240,6 +240,7 @@ def _log_end(generation: Generation, outcome: str) -> None:
             "num_output_tokens": generation.log.num_committed,
             "num_attempts": generation.log.attempt,
             "worker_id": generation.worker_id,
+            "prefill_worker_id": generation.stats.prefill_worker_id if generation.stats else "",
             "ttft_s": round(timing.first_token_at - timing.received_at, 6) if timing.first_token_at else None,
             "e2e_s": round(time.monotonic() - timing.received_at, 6),
         },
