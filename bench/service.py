@@ -14,6 +14,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -116,27 +117,36 @@ def running_service(
     environ: Mapping[str, str] | None = None,
 ) -> Generator[Service]:
     """`baton up` with this service until the block ends, then Ctrl-C."""
+    stated = {"threads": num_threads, "kvMemory": kv_memory}
+    pool = {key: value for key, value in stated.items() if value is not None}
+    document: dict[str, Any] = {
+        "apiVersion": "serving.baton.dev/v1alpha1",
+        "kind": "LLMService",
+        "metadata": {"name": "bench"},
+        "spec": {
+            "model": {"source": model, "name": "model"},
+            "pools": {"prefill": {"replicas": prefill, **pool}, "decode": {"replicas": decode, **pool}},
+            "disaggregation": disaggregation,
+            "deterministic": deterministic,
+            "gateway": {"port": free_port()},
+            "engine": dict(engine or {}),
+        },
+    }
+    with running_document(document, environ=environ) as service:
+        yield service
+
+
+@contextmanager
+def running_document(document: Mapping[str, Any], *, environ: Mapping[str, str] | None = None) -> Generator[Service]:
+    """The same with a whole LLMService, which states its model's name and its gateway's port."""
+    name, spec = document["metadata"]["name"], document["spec"]
     with tempfile.TemporaryDirectory(prefix="baton-") as folder:
-        stated = {"threads": num_threads, "kvMemory": kv_memory}
-        pool = {key: value for key, value in stated.items() if value is not None}
-        port = free_port()
-        document = {
-            "apiVersion": "serving.baton.dev/v1alpha1",
-            "kind": "LLMService",
-            "metadata": {"name": "bench"},
-            "spec": {
-                "model": {"source": model, "name": "model"},
-                "pools": {"prefill": {"replicas": prefill, **pool}, "decode": {"replicas": decode, **pool}},
-                "disaggregation": disaggregation,
-                "deterministic": deterministic,
-                "gateway": {"port": port},
-                "engine": dict(engine or {}),
-            },
-        }
         file = Path(folder, "llmservice.yaml")
         file.write_text(yaml.safe_dump(document))
         service_environ = {**os.environ, **(environ or {}), "BATON_RUN_DIR": folder}
-        service = Service("bench", "127.0.0.1", port, "model", Path(folder), service_environ)
+        service = Service(
+            name, "127.0.0.1", spec["gateway"]["port"], spec["model"]["name"], Path(folder), service_environ
+        )
         with Path(folder, "up.log").open("w+") as log:
             up = subprocess.Popen(
                 [sys.executable, "-m", "baton", "up", "-f", str(file)],
