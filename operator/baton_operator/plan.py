@@ -75,7 +75,7 @@ class MakeSecret:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """Set spec.replicas of a Deployment of a revision that is not the desired one, by merge patch.
+    """Set spec.replicas alone, by merge patch: of a Deployment whose pods are not to become those of the desired spec.
 
     The patch carries `uid` and `resource_version` in its metadata, so that it hits what was seen or nothing.
     """
@@ -184,7 +184,7 @@ class _Planner:
         self._shrink_workers()
         self._let_go()
         self._grow_workers()
-        self._apply(self.desired.gateway)
+        self._keep_gateways()
         for manifest in self.desired.after:
             self._apply(manifest)
         self._prune()
@@ -253,6 +253,22 @@ class _Planner:
         version = self.routing["metadata"]["resourceVersion"] if self.routing is not None else None
         if self._apply({**self.desired.routing, "data": self.rollout.data()}, resource_version=version):
             self.steps.extend(_rollout_events(self.before, self.rollout))
+
+    def _keep_gateways(self) -> None:
+        """Another image waits until the revision that it came with serves: it may not speak with the one before.
+
+        Gateways and workers speak exactly one version of the protocol. So the gateways that are there judge whether
+        they can use the new workers, and where they cannot, the trial ends as if nothing had been asked for.
+        """
+        wanted = self.desired.gateway
+        live = self.observed.objects.get(ref_of(wanted))
+        if live is None or self.rollout.serving == self.desired.revision or _image(live) == _image(wanted):
+            self._apply(wanted)
+            return
+        replicas = wanted["spec"]["replicas"]
+        if self._is_ours(ref_of(wanted), live) and live["spec"].get("replicas") != replicas:
+            metadata, words = live["metadata"], f"{replicas} gateways are asked for"
+            self.steps.append(Scale(ref_of(wanted), replicas, metadata["uid"], metadata["resourceVersion"], words))
 
     # ------------------------------------------------------------ workers
 
@@ -371,6 +387,11 @@ class _Planner:
 
 def _scale(workers: Workers, replicas: int, reason: str) -> Scale:
     return Scale(workers.ref, replicas, workers.uid, workers.resource_version, reason)
+
+
+def _image(gateways: Manifest) -> str | None:
+    containers = gateways["spec"]["template"]["spec"]["containers"]
+    return next((found["image"] for found in containers if found["name"] == "gateway"), None)
 
 
 def _owns_replicas(live: Manifest) -> bool:

@@ -20,6 +20,7 @@ from baton_operator.objects import (
     Manifest,
     Observed,
     ProbeReport,
+    ref_of,
     status_of,
 )
 from baton_operator.rollout import Facts, Rollout
@@ -114,6 +115,10 @@ def _gateway_ready(situation: Situation) -> Verdict:
     words = f"{ready} of {wanted} gateways ready"
     if ready == 0:
         return Verdict("GatewayReady", False, "NoneReady", words)
+    live = situation.observed.objects.get(ref_of(situation.desired.gateway))
+    more = int(status_of(live).get("replicas", 0)) - wanted
+    if more > 0:  # a new one that cannot use the workers stays so, and the old one goes on
+        return Verdict("GatewayReady", True, "Changing", f"{words}, {more} more until new ones have replaced old ones")
     return Verdict("GatewayReady", True, "AllReady" if ready >= wanted else "SomeReady", words)
 
 

@@ -21,6 +21,7 @@ from baton_operator.objects import ROLES, Observed, Ref
 from baton_operator.plan import Apply, Delete, MakeSecret, Scale, Status, Step
 from tests.unit.operator_world import Cluster, Conflict, Memory
 
+GATEWAY = Ref("apps/v1", "Deployment", "chat-gateway")
 ROUTING = Ref("v1", "ConfigMap", "chat-routing")
 SIZES = st.one_of(st.none(), st.integers(1, 3))
 IMAGES = st.sampled_from(["good-0", "good-1", "good-2"])
@@ -32,7 +33,7 @@ def spec_of(
 ) -> dict[str, Any]:
     sizes = {"prefill": prefill, "decode": decode}
     return {
-        "image": {"worker": image},
+        "image": {"worker": image, "gateway": f"gateway-of-{image}"},
         "pools": {role: {} if size is None else {"replicas": size} for role, size in sizes.items()},
         "rollout": {"strategy": "Replace" if replaces else "Surge", "progressDeadline": "300s"},
         "redis": {"mode": "Managed" if redis else "None"},
@@ -77,9 +78,10 @@ class Rollouts(RuleBasedStateMachine):
         self.cluster.set_spec(data.draw(specs(images, st.just(self.replaces))))
 
     @rule(data=st.data())
-    def only_the_image_changes(self, data: st.DataObject) -> None:
+    def only_the_images_change(self, data: st.DataObject) -> None:
         spec = copy.deepcopy(self.cluster.service["spec"])
-        spec["image"]["worker"] = data.draw(st.one_of(IMAGES, BAD_IMAGES))
+        image = data.draw(st.one_of(IMAGES, BAD_IMAGES))
+        spec["image"] = {"worker": image, "gateway": f"gateway-of-{image}"}
         self.cluster.set_spec(spec)
 
     @rule(role=st.sampled_from(ROLES), replicas=st.integers(1, 4))
@@ -136,6 +138,7 @@ class Rollouts(RuleBasedStateMachine):
     def carry_out(self, steps: tuple[Step, ...]) -> None:
         for step in steps:
             before, routed, served = self.cluster.counts(), self.routed(), self.cluster.serving_revision
+            gateway_image = self.gateway_image()
             try:
                 self.cluster.carry_out(step)
             except Conflict:
@@ -145,6 +148,7 @@ class Rollouts(RuleBasedStateMachine):
                 self.check_room(before)
                 self.check_last_workers(before, routed)
                 self.check_flip(served)
+                self.check_gateways(gateway_image)
 
     def routed(self) -> set[str]:
         """Revisions that requests may go to: what the file says, what gateways have read, where they send now."""
@@ -185,6 +189,15 @@ class Rollouts(RuleBasedStateMachine):
         could = all(self.cluster.ready(served, role) for role in ROLES if self.cluster.size(role))
         assert not could, f"{serving} serves and never answered, although {served} could"
 
+    def gateway_image(self) -> str | None:
+        body = self.cluster.objects.get(GATEWAY)
+        return body and body["spec"]["template"]["spec"]["containers"][0]["image"]
+
+    def check_gateways(self, before: str | None) -> None:
+        """Another image of gateways comes after the revision that it came with: it may speak with no other."""
+        if before is not None and self.gateway_image() != before:
+            assert self.cluster.serving_revision == self.cluster.desired.revision
+
     @invariant()
     def p_and_d_are_of_one_revision(self) -> None:
         if not hasattr(self, "cluster"):
@@ -198,7 +211,7 @@ class Rollouts(RuleBasedStateMachine):
             return
         spec = copy.deepcopy(self.cluster.service["spec"])
         if spec["image"]["worker"] in ("broken", "mute"):  # whether such a one is rolled back depends on the past
-            spec["image"]["worker"] = "good-0"
+            spec["image"] = {"worker": "good-0", "gateway": "gateway-of-good-0"}
             self.cluster.set_spec(spec)
         self.cluster.converge()
         if self.cluster.rollout["failed"] is not None:  # its pods were late; it is tried again when asked for again

@@ -467,6 +467,62 @@ def test_a_routing_file_that_changed_since_it_was_read_is_not_written() -> None:
     assert cluster.rollout["candidate"] is None
 
 
+# ---------------------------------------------------------------- gateways and workers of two releases
+
+
+def release(number: int, **gateway: Any) -> dict[str, Any]:
+    """A spec in which the images of gateways and workers both are of one release, as after an upgrade of the chart."""
+    return pools(gateway=gateway) | {"image": {"worker": f"good-{number}", "gateway": f"gateway-{number}"}}
+
+
+def gateway_image(cluster: Cluster) -> str:
+    return cluster.objects[GATEWAY]["spec"]["template"]["spec"]["containers"][0]["image"]
+
+
+def test_gateways_get_another_image_only_when_the_revision_that_it_came_with_serves() -> None:
+    """New gateways may refuse workers of the release that still serves: they speak one version of the protocol."""
+    cluster = at_rest(release(1))
+    cluster.set_spec(release(2))
+    while cluster.serving_revision != cluster.desired.revision:
+        assert gateway_image(cluster) == "gateway-1"
+        cluster.reconcile()
+        cluster.tick()
+        cluster.now += 2
+    cluster.reconcile()
+    assert gateway_image(cluster) == "gateway-2"
+
+
+def test_gateways_keep_their_image_when_a_revision_is_rolled_back_but_follow_their_number() -> None:
+    cluster = at_rest(release(1))
+    broken = release(2) | {"image": {"worker": "mute", "gateway": "gateway-2"}}
+    cluster.set_spec(broken)
+    cluster.converge()
+    assert cluster.condition("Degraded") == ("True", "RolledBack")
+    assert gateway_image(cluster) == "gateway-1"
+    cluster.set_spec(broken | {"gateway": {"replicas": 3}})
+    cluster.converge()
+    assert (gateway_image(cluster), cluster.objects[GATEWAY]["spec"]["replicas"]) == ("gateway-1", 3)
+    cluster.set_spec(release(3, replicas=2))
+    cluster.converge()
+    assert (gateway_image(cluster), cluster.objects[GATEWAY]["spec"]["replicas"]) == ("gateway-3", 2)
+
+
+def test_gateways_that_change_without_their_image_do_not_wait_for_a_trial() -> None:
+    cluster = at_rest(release(1))
+    changed = release(1) | {"image": {"worker": "broken", "gateway": "gateway-1"}, "gateway": {"maxQueueRequests": 7}}
+    cluster.set_spec(changed)
+    cluster.reconcile()
+    container = cluster.objects[GATEWAY]["spec"]["template"]["spec"]["containers"][0]
+    assert container["args"][container["args"].index("--max-queue-requests") + 1] == "7"
+
+
+def test_a_new_gateway_that_does_not_become_ready_beside_the_old_one_is_told() -> None:
+    cluster = at_rest(release(1))
+    cluster.objects[GATEWAY]["status"] |= {"replicas": 2, "readyReplicas": 1}
+    cluster.reconcile()
+    assert cluster.condition("GatewayReady") == ("True", "Changing")
+
+
 # ---------------------------------------------------------------- replicas have one writer
 
 
