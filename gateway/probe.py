@@ -92,6 +92,10 @@ class Prober:
         return self._result(revision, generation)
 
     def _what_is_missing(self, revision: str) -> str:
+        missing = self._missing_worker(revision)
+        return ": ".join([missing, *self._pool.refusals(revision)[:1]]) if missing else ""
+
+    def _missing_worker(self, revision: str) -> str:
         decode = [worker for worker in self._pool.decode_states() if worker.revision == revision]
         if not any(not worker.is_draining for worker in decode):
             return f"revision {revision!r} has no decode worker that takes requests"

@@ -103,6 +103,7 @@ class WorkerPool:
         self.table = table
         self.routing_file = routing_file or RoutingFile(None)
         self.last_revision: str | None = None
+        self._refused: dict[str, _Unusable] = {}  # by address: what answered lately and cannot be used
         self._needs_prefill = needs_prefill
         self._members: dict[str, asyncio.Task[None]] = {}
         self._waiters: set[asyncio.Future[None]] = set()
@@ -137,6 +138,11 @@ class WorkerPool:
     def preference(self) -> Preference:
         """Between revisions, as things stand."""
         return Preference(self.routing_file.serving, self.last_revision, self._needs_prefill)
+
+    def refusals(self, revision: str) -> list[str]:
+        """Why workers of a revision that answer cannot be used, each in words."""
+        found = [error for error in self._refused.values() if error.worker.revision == revision]
+        return sorted({f"worker {error.worker.worker_id} {error}" for error in found})
 
     def note_revision(self, revision: str) -> None:
         """A request was routed there."""
@@ -237,6 +243,7 @@ class WorkerPool:
                 try:
                     reply = await self._say_hello(channel, role)
                     backoff, said = BACKOFF_MIN_S, ""
+                    self._refused.pop(hint.address, None)
                     try:
                         await self._use(channel, hint, reply)
                     finally:
@@ -247,9 +254,14 @@ class WorkerPool:
                         _reason(error),
                     )  # once, then each try at debug
                     log.log(level, "worker not usable", extra={"address": hint.address, "reason": said})
+                    if isinstance(error, _Unusable):
+                        self._refused[hint.address] = error
+                    else:
+                        self._refused.pop(hint.address, None)
                 except Exception:  # the loop's boundary: a bug with one worker must not lose the others
                     log.exception("worker connection failed", extra={"address": hint.address})
                 if time.monotonic() - answered_at > FORGET_S and not self._is_hinted(hint.address):
+                    self._refused.pop(hint.address, None)
                     return
                 await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
                 backoff = min(BACKOFF_MAX_S, backoff * 2)
@@ -270,11 +282,11 @@ class WorkerPool:
     def _checked(self, reply: pb.HelloReply) -> pb.HelloReply:
         worker = reply.worker
         if reply.protocol_version != PROTOCOL_VERSION:
-            raise _Unusable(f"speaks protocol {reply.protocol_version}, this gateway {PROTOCOL_VERSION}")
+            raise _Unusable(worker, f"speaks protocol {reply.protocol_version}, this gateway {PROTOCOL_VERSION}")
         if self.model_id and worker.model_id and worker.model_id != self.model_id:
-            raise _Unusable(f"serves model {worker.model_id!r}, this gateway {self.model_id!r}")
+            raise _Unusable(worker, f"serves model {worker.model_id!r}, this gateway {self.model_id!r}")
         if self.deterministic and not worker.deterministic:
-            raise _Unusable("is not deterministic, and this service must be")
+            raise _Unusable(worker, "is not deterministic, and this service must be")
         return reply
 
     async def _use(self, channel: rpc.Channel, hint: Hint, reply: pb.HelloReply) -> None:
@@ -287,7 +299,7 @@ class WorkerPool:
         worker = reply.worker
         other = self.connections.get(worker.worker_id)
         if other is not None and other.is_live and other.worker.boot_id == worker.boot_id:
-            raise _Unusable("is connected already under another address")
+            raise _Unusable(worker, "is connected already under another address")
         call = rpc.open_generate(channel, self.metadata)
         connection = DecodeConnection(call, worker, reply.load, self.metrics, self.notify)
         self.connections[worker.worker_id] = connection
@@ -330,6 +342,10 @@ class WorkerPool:
 
 class _Unusable(Exception):
     """The worker answered, but cannot be used; said in words."""
+
+    def __init__(self, worker: pb.WorkerInfo, why: str) -> None:
+        super().__init__(why)
+        self.worker = worker
 
 
 def _reason(error: Exception) -> str:

@@ -115,6 +115,20 @@ async def test_a_probe_goes_through_prefill_and_decode_of_the_revision_it_names(
     assert "vllm:request_success_total{" not in (await service.harness.http.get("/metrics")).text
 
 
+async def test_a_probe_says_why_the_gateway_refuses_the_workers_of_a_revision(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes into the service's condition: an upgrade over a change of the protocol is rolled back with these words."""
+    service.serve("old")
+    monkeypatch.setattr("decode_service.app.PROTOCOL_VERSION", 99)
+    await service.decode("new")
+    async with asyncio.timeout(20):
+        while "speaks protocol 99" not in (answer := await service.probe("new"))["error"]:
+            await asyncio.sleep(0.05)
+    assert not answer["ok"]
+    assert "speaks protocol" not in (await service.probe("old"))["error"]
+
+
 async def test_a_probe_of_what_is_not_there_says_what_is_missing(service: Service) -> None:
     service.serve("old")
     await service.decode("new")
