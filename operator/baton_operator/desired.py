@@ -222,7 +222,7 @@ class _Maker:
             "resources": _resources(gateway.resources, _GATEWAY_DEFAULTS),
             **_probes(API_PORT),
         }
-        pod = self._pod("gateway", container, init=self._fetches(container["image"]))
+        pod = self._pod("gateway", container, init=self._fetches(container["image"], "--only", "tokenizer"))
         routing: Object = {"name": f"{self.name}-routing", "items": [{"key": "routing.json", "path": "routing.json"}]}
         self._mount(pod, "routing", "routing", {"configMap": routing | {"optional": True}})
         if gateway.auth_secret:
@@ -298,14 +298,14 @@ class _Maker:
             "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, {"name": "cache", "mountPath": CACHE}],
         }
 
-    def _fetches(self, image: str) -> list[Object]:
+    def _fetches(self, image: str, *options: str) -> list[Object]:
         """The init container that fetches the model, where it is not in the image or on a claim."""
         model = self.spec.model
         if model.is_path:
             return []
         token: Object = {"secretKeyRef": {"name": model.token_secret, "key": "token"}}
         fetch = self._container("model", image) | {
-            "command": ["python", "-m", "baton", "pull", model.source, "--link", LINK],
+            "command": ["python", "-m", "baton", "pull", model.source, "--link", LINK, *options],
             "env": [*_CACHE_ENV, *([{"name": "HF_TOKEN", "valueFrom": token}] if model.token_secret else [])],
             "resources": _resources(Resources(), _GATEWAY_DEFAULTS),
         }

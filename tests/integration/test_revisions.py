@@ -118,7 +118,7 @@ async def test_a_probe_goes_through_prefill_and_decode_of_the_revision_it_names(
 async def test_a_probe_says_why_the_gateway_refuses_the_workers_of_a_revision(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It goes into the service's condition: an upgrade over a change of the protocol is rolled back with these words."""
+    """It goes into the service's condition: such an upgrade is rolled back with these words."""
     service.serve("old")
     monkeypatch.setattr("decode_service.app.PROTOCOL_VERSION", 99)
     await service.decode("new")

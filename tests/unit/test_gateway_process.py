@@ -10,16 +10,21 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from typer.testing import CliRunner
 
+from baton.cli import app
+from gateway.fake_decode_worker import FakeDecodeWorker
 from gateway.fake_model import write_fake_model
 from gateway.keys import ApiKeys, cache_salt
 from gateway.metrics import GatewayMetrics
 from gateway.process import keep_house_once
+from tests.gateway_harness import running
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +58,40 @@ def test_help_names_the_flags_and_imports_nothing_slow() -> None:
 def test_the_whole_gateway_runs_without_torch_and_transformers() -> None:
     done = python("-c", "import sys, gateway.process; assert not {'torch', 'transformers'} & set(sys.modules)")
     assert done.returncode == 0, done.stderr
+
+
+class _Hub:
+    """Stands where the hub's client stands: one repository, and a cache of links to the files that were asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.repository = write_fake_model(folder / "repository")
+        (self.repository / "model-00001-of-00001.safetensors").write_bytes(bytes(1 << 16))
+        (self.repository / "model.safetensors.index.json").write_text("{}")
+        self.cache = folder / "snapshot"
+
+    def snapshot_download(self, repo: str, *, allow_patterns: list[str], **_: Any) -> str:
+        assert repo == "org/model"
+        self.cache.mkdir(exist_ok=True)
+        for file in self.repository.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns) and not (self.cache / file.name).exists():
+                (self.cache / file.name).symlink_to(file)
+        return str(self.cache)
+
+
+async def test_a_gateway_runs_on_what_it_pulls_without_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command is the init container's of a gateway's pod (operator/baton_operator/desired.py)."""
+    hub, link = _Hub(tmp_path), tmp_path / "model"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    done = CliRunner().invoke(app, ["pull", "org/model", "--link", str(link), "--only", "tokenizer"])
+    assert done.exit_code == 0, done.output
+    assert {file.name for file in link.iterdir()} == {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    async with running(tmp_path, FakeDecodeWorker(), model=link) as harness:
+        answer = await harness.chat(max_tokens=3)
+        assert answer.status_code == 200, answer.text
+    CliRunner().invoke(app, ["pull", "org/model", "--link", str(link)])
+    assert "model-00001-of-00001.safetensors" in {file.name for file in link.iterdir()}, "a worker's"
 
 
 class _Broken:

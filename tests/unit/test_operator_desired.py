@@ -280,6 +280,11 @@ def test_a_model_of_the_hub_is_fetched_with_its_token_before_the_worker_starts()
     assert "HF_TOKEN" not in json.dumps(pod["containers"])
 
 
+def test_a_gateway_fetches_no_weights() -> None:
+    (fetch,) = desired({"model": {"source": "org/model"}}).gateway["spec"]["template"]["spec"]["initContainers"]
+    assert fetch["command"][2:] == ["baton", "pull", "org/model", "--link", "/tmp/model", "--only", "tokenizer"]
+
+
 def test_overrides_cannot_take_what_is_batons() -> None:
     stated = {
         "podOverrides": {"env": {"POD_NAME": "other", "TZ": "UTC"}, "labels": {"app.kubernetes.io/name": "other"}}
