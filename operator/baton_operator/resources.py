@@ -431,7 +431,9 @@ class Engine(_Part):
 
 class Image(_Part):
     gateway: str | None = _cluster(
-        max_length=512, description="image of the gateway; default: the operator's own release"
+        max_length=512,
+        description="image of the gateway, rolled out when the revision that it came with serves; "
+        "default: the operator's own release",
     )
     worker: str | None = _cluster(
         max_length=512,
