@@ -42,11 +42,16 @@ def forwarded(pid: int, target: str) -> Iterator[int]:
 
 
 async def carry_all(listening: socket.socket, host: str, port: int) -> None:
+    # asyncio itself holds the task of a connection by weak references alone: collected, it would cut the connection.
+    carrying: set[asyncio.Task[None] | None] = set()
+
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        carrying.add(asyncio.current_task())
         with contextlib.suppress(OSError):
             there_reader, there_writer = await asyncio.open_connection(host, port)
             await asyncio.gather(_pump(reader, there_writer), _pump(there_reader, writer))
         writer.close()
+        carrying.discard(asyncio.current_task())
 
     server = await asyncio.start_server(carry, sock=listening)
     async with server:
