@@ -123,10 +123,8 @@ class Product:
     def apply(self, document: Mapping[str, Any]) -> None:
         self.kubectl("apply", "-f", "-", stdin=yaml.safe_dump(dict(document)))
 
-    def wait_ready(self, timeout_s: float) -> None:
-        self.kubectl(
-            "wait", f"llm/{self.name}", "--for=condition=Ready", f"--timeout={timeout_s:.0f}s", timeout_s=timeout_s + 10
-        )
+    def patch(self, spec: Mapping[str, Any]) -> None:
+        self.kubectl("patch", "llm", self.name, "--type=merge", "-p", json.dumps({"spec": spec}))
 
     def wait_until(self, what: str, is_true: Callable[[], bool], timeout_s: float = 120.0) -> None:
         """With what pods and operator said, where it does not come true."""

@@ -123,11 +123,14 @@ def test_every_kind_of_request_says_what_local_mode_says(product: Product) -> No
 
 
 def test_prompts_went_from_one_pod_to_another(product: Product) -> None:
-    pairs = {(line["prefill_worker_id"], line["worker_id"]) for line in product.requests()}
+    """On a machine so busy that prefill is silent for seconds, decode prefills for itself: right, but the exception."""
+    requests = product.requests()
+    handed_over = [line for line in requests if line["prefill_worker_id"]]
     (prefill,), (decode,) = product.pods("prefill"), product.pods("decode")
+    pairs = {(line["prefill_worker_id"], line["worker_id"]) for line in handed_over}
     assert pairs == {(prefill["metadata"]["name"], decode["metadata"]["name"])}
-    remote = product.metrics(decode).value("baton_placements_total", path="remote")
-    assert remote >= len(product.requests())
+    assert len(handed_over) >= 0.8 * len(requests)
+    assert product.metrics(decode).value("baton_placements_total", path="remote") >= len(handed_over)
 
 
 def test_kubectl_says_what_there_is(product: Product) -> None:
@@ -207,9 +210,7 @@ def test_another_image_takes_over_whole_under_traffic(product: Product) -> None:
     before = product.service()["status"]["servingRevision"]
     num_seen = len(product.requests())
     with product.traffic() as traffic, product.timed("rollout, 1 + 2 workers beside 1 + 2"):
-        product.kubectl(
-            "patch", "llm", product.name, "--type=merge", "-p", f'{{"spec": {{"image": {{"worker": "{other}"}}}}}}'
-        )
+        product.patch({"image": {"worker": other}})
         product.wait_until("the new revision alone", lambda: has_rolled(product, before), ROLLOUT_TIMEOUT_S)
         traffic.wait_for(2)
     requests = product.requests()[num_seen:]
@@ -218,6 +219,20 @@ def test_another_image_takes_over_whole_under_traffic(product: Product) -> None:
     ]
     assert all(len(each) == 1 for each in revisions), "P and D of one request are of one revision"
     assert {before, product.service()["status"]["servingRevision"]} == set().union(*revisions)
+
+
+def test_an_image_that_never_runs_is_rolled_back_under_traffic(product: Product) -> None:
+    before = product.service()["status"]["servingRevision"]
+    image = product.service()["spec"]["image"]["worker"]
+    with product.traffic():
+        worse = {"image": {"worker": "localhost/baton-worker:missing"}, "rollout": {"progressDeadline": "15s"}}
+        product.patch(worse)
+        product.wait_until("rolled back", lambda: product.condition("Degraded")["reason"] == "RolledBack")
+        assert product.service()["status"]["servingRevision"] == before
+        assert has_condition(product, "Ready")
+        product.patch({"image": {"worker": image}})
+        product.wait_until("as it was", lambda: not has_condition(product, "Degraded"))
+    assert product.service()["status"]["revision"] == before
 
 
 def has_rolled(product: Product, before: str) -> bool:
