@@ -45,7 +45,7 @@ def examine(port: int) -> list[Finding]:
     """Run every check; none of them changes anything or needs a network."""
     checks: Sequence[Callable[[], Finding]] = (
         check_python, check_torch, check_compiler, check_cpus, check_memory, check_shared_memory,
-        lambda: check_port(port), check_model_cache, check_disk, check_gpu, check_uv,
+        lambda: check_port(port), check_model_cache, check_disk, check_gpu, check_nixl, check_uv,
     )  # fmt: skip
     return [check() for check in checks]
 
@@ -176,6 +176,20 @@ def check_gpu() -> Finding:
     except (OSError, subprocess.SubprocessError) as error:
         return Finding("GPU", Verdict.OPTIONAL, f"nvidia-smi fails: {error}", "check the driver")
     return Finding("GPU", Verdict.OK, "; ".join(listed.stdout.strip().splitlines()))
+
+
+def check_nixl() -> Finding:
+    """Asked in a process of its own, which needs no torch either."""
+    command = [sys.executable, "-m", "kvtransfer.ucx"]
+    fix = "none is needed; it reads KV over RDMA between machines"
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return Finding("NIXL", Verdict.OPTIONAL, "UCX does not answer: a driver may be broken", fix)
+    if asked.returncode:
+        reason = asked.stderr.strip().rpartition("\n")[2] or f"UCX ended with {asked.returncode}"
+        return Finding("NIXL", Verdict.OPTIONAL, reason, fix)
+    return Finding("NIXL", Verdict.OK, f"UCX sees {' '.join(asked.stdout.split())}")
 
 
 def check_uv() -> Finding:

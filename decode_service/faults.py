@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kvtransfer.auth import Secret
+from kvtransfer.nixl_transport import NixlReader
 from kvtransfer.prefill_client import DecodeIdentity, PrefillClient
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.transport import BlockPuller, BlockRead, BlockTransport, OnRead, SourceBlock
@@ -22,8 +23,9 @@ class FaultyPrefillClient(PrefillClient):
         secret: Secret,
         load: Callable[[], pb.WorkerLoad],
         failpoints: Failpoints,
+        nixl: NixlReader | None,
     ) -> None:
-        super().__init__(address, identity, secret, load)
+        super().__init__(address, identity, secret, load, nixl=nixl)
         self._failpoints = failpoints
 
     def _transports_for(self, worker: pb.WorkerInfo) -> list[BlockTransport]:

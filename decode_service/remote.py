@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,6 +44,7 @@ class PrefillPool:
     def __init__(self, make_client: Callable[[str], PrefillClient]) -> None:
         self._make_client = make_client
         self._known: dict[str, _Known] = {}
+        self._past_fallbacks: Counter[str] = Counter()  # of clients that are closed
         self._closing: set[asyncio.Task[None]] = set()
 
     async def fetch(self, candidate: Candidate, order: PrefillOrder, reserve: Reserve) -> Fetched:
@@ -61,6 +63,13 @@ class PrefillPool:
             for kind, count in known.client.ignored.items():
                 totals[kind] = totals.get(kind, 0) + count
         return totals
+
+    def fallbacks(self) -> dict[str, int]:
+        """Transports that were wanted and did not work, by name, ever."""
+        totals = Counter(self._past_fallbacks)
+        for known in self._known.values():
+            totals.update(known.client.fallbacks)
+        return dict(totals)
 
     async def aclose(self) -> None:
         """End every stream; fetches under way fail."""
@@ -82,7 +91,9 @@ class PrefillPool:
         too_many = len(self._known) - MAX_CLIENTS + 1
         for rank, (used_at, address) in enumerate(idle):
             if rank < too_many or now - used_at > IDLE_S:
-                task = asyncio.create_task(self._known.pop(address).client.aclose())
+                client = self._known.pop(address).client
+                self._past_fallbacks.update(client.fallbacks)
+                task = asyncio.create_task(client.aclose())
                 self._closing.add(task)
                 task.add_done_callback(self._on_closed)
 

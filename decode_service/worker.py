@@ -11,7 +11,8 @@ from decode_service.faults import FaultyPrefillClient
 from decode_service.placement import Policy
 from decode_service.remote import PrefillPool
 from engine.worker import KV_DTYPE, Replica
-from kvtransfer import rpc
+from kvtransfer import rpc, ucx
+from kvtransfer.nixl_transport import NixlReader
 from kvtransfer.prefill_client import DecodeIdentity, PrefillClient
 from kvtransfer.protocol import baton_pb2 as pb
 from workerkit.engine_client import EngineClient
@@ -42,7 +43,10 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
     metrics = DecodeQueueMetrics(process.metrics)
     engine = EngineClient(replica.engine)
     # 3. What fetches KV from prefill workers, and what owns the attempts.
-    pool = PrefillPool(_client_maker(config, process, replica, lambda: worker_load(engine.load)))
+    if config.require_rdma:
+        ucx.require_rdma()
+    nixl = _reader(process, replica) if "nixl" in config.transports else None
+    pool = PrefillPool(_client_maker(config, process, replica, nixl, lambda: worker_load(engine.load)))
     attempts = Attempts(
         engine,
         pool,
@@ -61,7 +65,7 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
 
     def refresh_metrics() -> None:
         engine_metrics.update(engine.load, engine.counters)
-        metrics.update(engine.load, pool.ignored())
+        metrics.update(engine.load, pool.ignored(), pool.fallbacks())
 
     engine.start(attempts.on_step, on_crash)
     process.refresh_metrics = refresh_metrics
@@ -76,13 +80,24 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
         await attempts.drain(config.drain_s)
     await servicer.aclose()
     await pool.aclose()
+    if nixl:
+        nixl.close()
     await process.end()
     await engine.stop()
     return status
 
 
+def _reader(process: WorkerProcess, replica: Replica) -> NixlReader:
+    """Registers the KV memory, once."""
+    return NixlReader(f"baton-{process.boot_id.hex()}", replica.kv.buffer, replica.identity.block_bytes)
+
+
 def _client_maker(
-    config: DecodeConfig, process: WorkerProcess, replica: Replica, load: Callable[[], pb.WorkerLoad]
+    config: DecodeConfig,
+    process: WorkerProcess,
+    replica: Replica,
+    nixl: NixlReader | None,
+    load: Callable[[], pb.WorkerLoad],
 ) -> Callable[[str], PrefillClient]:
     identity = DecodeIdentity(
         worker_id=config.worker_id,
@@ -94,5 +109,5 @@ def _client_maker(
     )
     failpoints = process.failpoints
     if failpoints.active:
-        return lambda address: FaultyPrefillClient(address, identity, process.secret, load, failpoints)
-    return lambda address: PrefillClient(address, identity, process.secret, load)
+        return lambda address: FaultyPrefillClient(address, identity, process.secret, load, failpoints, nixl)
+    return lambda address: PrefillClient(address, identity, process.secret, load, nixl=nixl)

@@ -27,7 +27,7 @@ import numpy as np
 MAX_METADATA_BYTES = 64 << 10
 """Of another agent's metadata: 450 bytes on a machine with two networks; read by native code, so bounded before."""
 
-_PACKAGES = ("nixl_cu13", "nixl_cu12")
+PACKAGES = ("nixl_cu13", "nixl_cu12")
 _REFERENCES_AT_CLOSE = 2  # the local name and getrefcount's argument
 
 Rows = np.ndarray[Any, np.dtype[np.uint64]]  # [n, 3]: address, length, device
@@ -77,7 +77,7 @@ class NixlAgent(Protocol):
 
 
 def is_available() -> bool:
-    return any(importlib.util.find_spec(package) is not None for package in _PACKAGES)
+    return any(importlib.util.find_spec(package) is not None for package in PACKAGES)
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def _api() -> Any:
 
     Raises: NixlError.
     """
-    for package in _PACKAGES:
+    for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             continue
         try:

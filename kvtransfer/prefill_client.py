@@ -45,6 +45,7 @@ from kvtransfer.errors import (
 )
 from kvtransfer.grpc_transport import GrpcBlockTransport
 from kvtransfer.liveness import HEARTBEAT_INTERVAL_S, LivenessMonitor, Verdict
+from kvtransfer.nixl_transport import NixlBlockTransport, NixlReader
 from kvtransfer.protocol import PROTOCOL_VERSION
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.shm_transport import ShmBlockTransport, host_id
@@ -55,6 +56,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.25
 CONNECT_S = 3.0
 CONNECT_WAIT_S = 1.0  # how long a prompt waits for a connect that is under way
+WARM_UP_WAIT_S = 4.0
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
 MAX_CORRUPT = 3
@@ -104,10 +106,17 @@ class PrefillClient:
         load: Callable[[], pb.WorkerLoad],
         limits: DecodeLimits | None = None,
         make_transports: TransportFactory | None = None,
+        nixl: NixlReader | None = None,
     ) -> None:
-        """`load` is D's own, for its heartbeats. `make_transports` replaces the choice by host (tests)."""
+        """`load` is D's own, for its heartbeats. `make_transports` replaces the choice by host (tests).
+
+        `nixl` is needed where the identity's transports name it.
+        """
         self.address = address
         self.ignored: Counter[str] = Counter()
+        self.fallbacks: Counter[str] = Counter()  # transports that were wanted and did not work, by name
+        self._nixl = nixl
+        self._is_warming_up = False
         self._identity = identity
         self._secret = secret
         self._load = load
@@ -155,15 +164,21 @@ class PrefillClient:
         return fetched
 
     async def _connected(self) -> _Session:
-        """The living session. Waits only for a connect that is under way, never through a backoff."""
+        """The living session. Waits only for a connect that is under way, never through a backoff; longer for one
+        that P has answered and whose transports are being warmed up."""
         if asyncio.get_running_loop().time() < self._quarantined_until:
             raise _failed(FailureKind.UNREACHABLE, f"in quarantine after {MAX_CORRUPT} hand-overs with wrong bytes")
         if self._session is None and not self._changed.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), CONNECT_WAIT_S)
+            await self._until_changed(CONNECT_WAIT_S)
+            if self._is_warming_up:
+                await self._until_changed(WARM_UP_WAIT_S)
         if self._session is None:
             raise _failed(FailureKind.UNREACHABLE, self._last_error)
         return self._session
+
+    async def _until_changed(self, patience_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), patience_s)
 
     def _note_corrupt(self, is_corrupt: bool) -> None:
         self._num_corrupt = self._num_corrupt + 1 if is_corrupt else 0
@@ -197,9 +212,12 @@ class PrefillClient:
     async def _live(self, channel: Any) -> None:
         """One life of the stream. Raises: PeerUnusable if it never began."""
         worker = await self._hello(channel)
-        session = _Session(
-            worker, self._identity, self._make_transports(worker), self._load, self._limits, self.ignored
-        )
+        self._is_warming_up = True
+        try:
+            transports = await self._warmed_up(self._make_transports(worker))
+        finally:
+            self._is_warming_up = False
+        session = _Session(worker, self._identity, transports, self._load, self._limits, self.ignored, self._fall_back)
         call = rpc.stream_call(
             channel, f"{_SERVICE}/Prefill", pb.PrefillUp.SerializeToString, pb.PrefillDown.FromString
         )(metadata=self._secret.metadata)
@@ -249,9 +267,40 @@ class PrefillClient:
         for name in self._identity.transports:
             if name == "shm" and worker.shared_memory_socket and worker.host_id == host_id():
                 usable.append(ShmBlockTransport(worker, self._secret))
+            elif name == "nixl" and self._nixl is not None and worker.HasField("nixl"):
+                usable.append(NixlBlockTransport(self.address, worker, self._secret, self._nixl))
+            elif name == "nixl":
+                self._fall_back(name, "not offered by the prefill worker")
             elif name == "grpc":
                 usable.append(GrpcBlockTransport(self.address, self._secret, self._identity.block_bytes))
         return usable
+
+    async def _warmed_up(self, transports: Sequence[BlockTransport]) -> list[BlockTransport]:
+        """Those that work. A pair is not ready before: the first prompt shall not pay for connections.
+
+        Raises: PeerUnusable if none does.
+        """
+        usable: list[BlockTransport] = []
+        for transport in transports:
+            try:
+                await transport.warm_up()
+            except TransportLost as error:
+                self._fall_back(transport.name, str(error))
+                await transport.aclose()
+            else:
+                usable.append(transport)
+        if not usable:
+            raise PeerUnusable(f"none of the transports {', '.join(self._identity.transports)} works")
+        return usable
+
+    def _fall_back(self, name: str, reason: str) -> None:
+        """Counted each time, logged once: a pair that reconnects would fill the log."""
+        log.log(
+            logging.DEBUG if self.fallbacks[name] else logging.WARNING,
+            "transport unusable",
+            extra={"address": self.address, "transport": name, "reason": reason},
+        )
+        self.fallbacks[name] += 1
 
 
 @dataclass(eq=False, slots=True)
@@ -284,8 +333,10 @@ class _Session:
         load: Callable[[], pb.WorkerLoad],
         limits: DecodeLimits,
         ignored: Counter[str],
+        fall_back: Callable[[str, str], None],
     ) -> None:
         self.worker = worker
+        self._fall_back = fall_back
         self._loop = asyncio.get_running_loop()
         self._side = DecodeSide(
             worker.boot_id, identity.layout_fingerprint, identity.block_size, identity.block_bytes, limits, ignored
@@ -478,7 +529,7 @@ class _Session:
             try:
                 puller = await transport.open(action.ticket, action.boot_id)
             except TransportLost as error:
-                log.warning("transport unusable", extra={"transport": transport.name, "reason": str(error)})
+                self._fall_back(transport.name, str(error))
                 if len(self._transports) > 1:
                     self._transports.remove(transport)
                     await transport.aclose()

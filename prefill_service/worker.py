@@ -8,7 +8,8 @@ import logging
 
 from engine.config import DEFAULT_CHUNK_SIZE
 from engine.worker import KV_DTYPE
-from kvtransfer import rpc
+from kvtransfer import rpc, ucx
+from kvtransfer.nixl_transport import NixlMemory
 from kvtransfer.prefill_server import PrefillServer
 from kvtransfer.prefill_side import HeldTokens, PrefillLimits
 from kvtransfer.shm_transport import ShmBlockServer, is_available
@@ -49,7 +50,10 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
         else BlockSource(replica.kv.buffer, identity.block_bytes, process.boot_id)
     )
     shared = ShmBlockServer(source, replica.kv.fd, process.secret) if offers_shared_memory(config) else None
-    info = process.describe(replica, await shared.start() if shared else "")
+    if config.require_rdma:
+        ucx.require_rdma()
+    nixl = NixlMemory(source) if "nixl" in config.transports else None
+    info = process.describe(replica, await shared.start() if shared else "", nixl.info if nixl else None)
     limits = PrefillLimits(max_prompt_tokens=identity.max_model_len, max_tickets=config.max_num_requests)
     server = PrefillServer(info, backend, source, limits, HeldTokens(config.max_held_tokens))
     backend.connect(server.deliver)
@@ -75,6 +79,8 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
     backend.disconnect()
     if shared:
         await shared.aclose()
+    if nixl:
+        nixl.close()
     await process.end()
     await engine.stop()
     return status

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import grpc.aio
 import numpy as np
+import pytest
 
 from decode_service import worker as decode_worker_module
 from decode_service.config import DecodeConfig
@@ -25,6 +26,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.fake_runner import FakeRunner
 from engine.worker import OnProgress, Replica, ReplicaIdentity, ReplicaSpec, layout_fingerprint
+from kvtransfer import nixl_agent
 from kvtransfer.liveness import HEARTBEAT_INTERVAL_S
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.protocol import baton_pb2_grpc as stubs
@@ -35,6 +37,11 @@ from servicekit.failpoints import Failpoints
 from workerkit.process import WorkerProcess
 
 BLOCK_SIZE = 4
+TRANSPORTS = (
+    "grpc",
+    "shm",
+    pytest.param("nixl", marks=pytest.mark.skipif(not nixl_agent.is_available(), reason="needs the extra nixl")),
+)
 PATIENCE_S = 20.0
 SECRET = "correct horse"
 

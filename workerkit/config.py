@@ -66,7 +66,10 @@ class WorkerConfig(RegistryConfig):
     max_num_batched_tokens: int = option(512, help="tokens in one batch", minimum=1, maximum=1 << 20)
     max_num_requests: int = option(1024, help="requests taken at once; more are refused", minimum=1, maximum=1 << 20)
     prefix_caching: bool = option(True, help="keep finished blocks for prompts that begin alike")
-    transports: tuple[str, ...] = option(("shm", "grpc"), help="ways to move KV, best first", choices=("shm", "grpc"))
+    transports: tuple[str, ...] = option(
+        ("shm", "grpc"), help="ways to move KV, best first; nixl needs the extra nixl", choices=("shm", "grpc", "nixl")
+    )
+    require_rdma: bool = option(False, help="refuse to start unless NIXL can use RDMA, and use nothing else")
 
     # the end, and the logs
     drain_s: float = option(30.0, help="longest a drain waits for running requests", minimum=0, maximum=3600)

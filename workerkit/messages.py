@@ -77,6 +77,7 @@ def worker_info(
     model_id: str,
     host_id: str,
     shared_memory_socket: str,
+    nixl: pb.NixlMemory | None,
     version: str,
     revision: str,
 ) -> pb.WorkerInfo:
@@ -93,6 +94,7 @@ def worker_info(
         block_bytes=identity.block_bytes,
         num_blocks=identity.num_blocks,
         shared_memory_socket=shared_memory_socket,
+        nixl=nixl,
         host_id=host_id,
         max_num_seqs=identity.max_num_seqs,
         version=version,

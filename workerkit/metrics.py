@@ -197,9 +197,19 @@ class DecodeQueueMetrics:
         self._stream_faults = metrics.counter(
             "baton_stream_faults", "Gateway streams cut because a message could not be handled."
         )
+        self._transport_fallbacks = metrics.counter(
+            "baton_transport_fallbacks",
+            "A transport that was wanted did not work with a prefill worker.",
+            ("transport",),
+        )
+        self._num_transport_fallbacks: dict[str, int] = {}
         self.ignored = IgnoredMessages(metrics)
 
-    def update(self, load: LoadFacts, ignored: Mapping[str, int]) -> None:
+    def update(self, load: LoadFacts, ignored: Mapping[str, int], transport_fallbacks: Mapping[str, int]) -> None:
+        for transport, total in transport_fallbacks.items():
+            num_new = total - self._num_transport_fallbacks.get(transport, 0)
+            self._transport_fallbacks.labels(transport=transport).inc(num_new)
+            self._num_transport_fallbacks[transport] = total
         self._promised.set(load.num_promised)
         self.ignored.update(ignored)
         self._filling.set(load.num_filling)

@@ -25,6 +25,7 @@ from engine.sizing import MemoryTooSmall
 from engine.worker import LoadPhase, OnProgress, Replica, ReplicaSpec, load_replica
 from kvtransfer import rpc
 from kvtransfer.auth import SecretInterceptor
+from kvtransfer.nixl_agent import NixlError
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.shm_transport import host_id
 from modelfiles.errors import ModelFilesError
@@ -48,7 +49,7 @@ SWITCH_INTERVAL_S = 0.0005
 _aio: Any = grpc.aio
 
 EXIT_CANNOT_START = 78  # EX_CONFIG: starting again will not help
-EXPECTED_ERRORS = (ModelFilesError, EngineError, MemoryTooSmall, OSError, ValueError)
+EXPECTED_ERRORS = (ModelFilesError, EngineError, MemoryTooSmall, NixlError, OSError, ValueError)
 """A model, setting, port or file that cannot be used; the message says which and why, a traceback would hide it."""
 
 EXIT_ENGINE_FAILED = 70  # EX_SOFTWARE
@@ -133,7 +134,9 @@ class WorkerProcess:
             return None
         return await loaded
 
-    def describe(self, replica: Replica, shared_memory_socket: str = "") -> pb.WorkerInfo:
+    def describe(
+        self, replica: Replica, shared_memory_socket: str = "", nixl: pb.NixlMemory | None = None
+    ) -> pb.WorkerInfo:
         self._layout_fingerprint = replica.identity.layout_fingerprint
         return worker_info(
             replica.identity,
@@ -143,6 +146,7 @@ class WorkerProcess:
             model_id=self.config.served_model_id,
             host_id=self.host_id,
             shared_memory_socket=shared_memory_socket,
+            nixl=nixl,
             version=_version(),
             revision=self.config.revision,
         )

@@ -18,7 +18,7 @@ import pytest
 
 from kvtransfer.protocol import baton_pb2 as pb
 from tests.metrics_text import Metrics
-from tests.workers_harness import PATIENCE_S, FakeModel, Workers, gateway_to, until
+from tests.workers_harness import PATIENCE_S, TRANSPORTS, FakeModel, Workers, gateway_to, until
 from workerkit.process import EXIT_CANNOT_START
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +122,7 @@ def processes(tmp_path: Path, workers: Workers) -> Iterator[Processes]:
 FAKE = ("--model", ".")
 
 
-@pytest.mark.parametrize("transport", ["shm", "grpc"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize(
     "point",
     ["kill-after-prompt-queued=1", "kill-after-chunk=1", "kill-after-chunk=2", "kill-after-block-published=1",
@@ -131,8 +131,9 @@ FAKE = ("--model", ".")
 async def test_a_prefill_worker_killed_at_any_stage_costs_no_token_and_no_block(
     workers: Workers, processes: Processes, point: str, transport: str
 ) -> None:
-    victim = await processes.start("tests.fake_worker", "prefill", *FAKE, flags=("--failpoints", point))
-    good, d = await workers.prefill(), await workers.decode(transports=(transport,))
+    flags = ("--failpoints", point, "--transports", transport)
+    victim = await processes.start("tests.fake_worker", "prefill", *FAKE, flags=flags)
+    good, d = await workers.prefill(transports=(transport,)), await workers.decode(transports=(transport,))
     async with gateway_to(d) as gateway:
         local = await gateway.ask(PROMPT, disaggregation=LOCAL, salt=b"l", logs=((), ()))
         answer = await gateway.ask(PROMPT, [victim.candidate, good.candidate], logs=((), ()))
@@ -160,7 +161,7 @@ async def test_a_decode_worker_killed_at_any_stage_leaves_no_block_pinned_at_its
     await p.at_baseline()
 
 
-@pytest.mark.parametrize("transport", ["shm", "grpc"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize(
     ("side", "fault", "reason"),
     [
@@ -175,11 +176,11 @@ async def test_a_faulty_hand_over_never_yields_a_token(
     processes: Processes, side: str, fault: str, reason: str, transport: str
 ) -> None:
     point = ("--failpoints", fault)
-    d_flags = ("--transports", transport, *(point if side == "decode" else ()))
+    flags = ("--transports", transport)
     p, good, d = await asyncio.gather(
-        processes.start("tests.fake_worker", "prefill", *FAKE, flags=point if side == "prefill" else ()),
-        processes.start("tests.fake_worker", "prefill", *FAKE),
-        processes.start("tests.fake_worker", "decode", *FAKE, flags=d_flags),
+        processes.start("tests.fake_worker", "prefill", *FAKE, flags=(*flags, *(point if side == "prefill" else ()))),
+        processes.start("tests.fake_worker", "prefill", *FAKE, flags=flags),
+        processes.start("tests.fake_worker", "decode", *FAKE, flags=(*flags, *(point if side == "decode" else ()))),
     )
     async with gateway_to(d) as gateway:
         for number in range(4):

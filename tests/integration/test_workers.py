@@ -20,7 +20,7 @@ from engine.worker import LoadPhase, OnProgress, Replica, ReplicaSpec
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.protocol import baton_pb2_grpc as stubs
 from prefill_service.backend import EngineBackend
-from tests.workers_harness import BLOCK_SIZE, FakeModel, RunningWorker, Workers, gateway_to, until
+from tests.workers_harness import BLOCK_SIZE, TRANSPORTS, FakeModel, RunningWorker, Workers, gateway_to, until
 from workerkit.process import EXIT_ENGINE_FAILED, WorkerProcess
 
 LOCAL = pb.DISAGGREGATION_NEVER
@@ -43,11 +43,11 @@ async def at_baseline(*workers: RunningWorker) -> None:
         await worker.at_baseline()
 
 
-@pytest.mark.parametrize("transport", ["grpc", "shm"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_remote_prefill_gives_the_tokens_of_local_prefill_at_every_length(
     workers: Workers, transport: str
 ) -> None:
-    p, d = await workers.prefill(), await workers.decode(transports=(transport,))
+    p, d = await workers.prefill(transports=(transport,)), await workers.decode(transports=(transport,))
     async with gateway_to(d) as gateway:
         for length in LENGTHS:
             local = await gateway.ask(prompt_of(length), disaggregation=LOCAL, salt=b"local")

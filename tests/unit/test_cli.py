@@ -250,5 +250,5 @@ def test_the_doctor_sees_a_taken_port_and_a_small_machine(monkeypatch: pytest.Mo
 
 def test_every_line_of_the_doctor_has_a_fix_unless_all_is_well() -> None:
     findings = doctor.examine(port=1)
-    assert len(findings) == 11
+    assert len(findings) == 12
     assert all(finding.fix for finding in findings if finding.verdict is not Verdict.OK)

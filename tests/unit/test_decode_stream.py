@@ -80,6 +80,7 @@ class StubbornClient:
     """Cannot be closed."""
 
     ignored: ClassVar[dict[str, int]] = {}
+    fallbacks: ClassVar[dict[str, int]] = {}
 
     def start(self) -> None:
         """Nothing to start."""
