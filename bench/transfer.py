@@ -7,6 +7,8 @@ them by every path in turn, each round over other blocks than the last, so that 
     grpc       the Pull stream, with and without digest verification
     copy raw   numpy copyto from the mapped memory, one thread         the medium of shm
     shm        the shared memory transport, with and without digest verification
+    nixl raw   one read of all blocks at once, the agent itself         the medium of nixl (UCX: see UCX_TLS)
+    nixl       the NIXL transport, with and without digest verification; only where the extra is installed
     fetch      the whole hand-over, start to commit, over the real control stream and an engine that computes nothing:
                what is left after subtracting the raw copy of the same bytes is the protocol
     hand-over  the same in the order of a real prefill: the prompt's blocks are filled a step of 192 tokens at a time,
@@ -36,12 +38,14 @@ from typing import Any
 import grpc.aio
 import numpy as np
 
-from kvtransfer import rpc
+from kvtransfer import nixl_agent, rpc
 from kvtransfer.auth import Secret, SecretInterceptor
 from kvtransfer.decode_side import PrefillOrder
 from kvtransfer.digest import block_digest
 from kvtransfer.fake_backend import FakePrefillBackend
 from kvtransfer.grpc_transport import GrpcBlockTransport
+from kvtransfer.nixl_agent import ReadState
+from kvtransfer.nixl_transport import NixlBlockTransport, NixlMemory, NixlReader
 from kvtransfer.prefill_client import DecodeIdentity, PrefillClient
 from kvtransfer.prefill_server import BlocksFilled, PrefillDone, PrefillServer
 from kvtransfer.prefill_side import HeldTokens, PrefillLimits
@@ -54,6 +58,7 @@ SECRET = Secret("bench")
 BLOCK_SIZES = {16: 737_280, 32: 1_474_560}  # tokens -> bytes of SmolLM2-135M in fp32
 NUM_BLOCKS = 384
 STEPPED = "stepped"
+RAW = {"grpc": "tcp raw", "shm": "copy raw", "nixl": "nixl raw"}
 STEP_TOKENS, STEP_S = 192, 0.4  # a prefill worker's default step, at SmolLM2's 500 tokens/s
 MIB = 1 << 20
 _REQUEST_BYTES = 16
@@ -70,6 +75,7 @@ async def serve_prefill(block_size: int) -> None:
     source = BlockSource(memory, block_bytes, secrets.token_bytes(16))
     backend = SteppingBackend(NUM_BLOCKS, block_size)
     shm = ShmBlockServer(source, fd, SECRET)
+    nixl = NixlMemory(source) if nixl_agent.is_available() else None
     worker = pb.WorkerInfo(
         worker_id="p",
         role=pb.ROLE_PREFILL,
@@ -80,6 +86,7 @@ async def serve_prefill(block_size: int) -> None:
         num_blocks=NUM_BLOCKS,
         shared_memory_socket=await shm.start(),
         host_id=host_id(),
+        nixl=nixl.info if nixl else None,
     )
     server = PrefillServer(worker, backend, source, PrefillLimits(1 << 20), HeldTokens(1 << 30))
     backend.deliver = server.deliver
@@ -193,6 +200,10 @@ class Bench:
         self._next = 0
         self._shm = ShmBlockTransport(peer.worker, SECRET)
         self._grpc = GrpcBlockTransport(peer.address, SECRET, self._block_bytes)
+        self._transports: dict[str, BlockTransport] = {"grpc": self._grpc, "shm": self._shm}
+        if nixl_agent.is_available():
+            self._reader = NixlReader("bench", self._destinations, self._block_bytes)
+            self._transports["nixl"] = NixlBlockTransport(peer.address, peer.worker, SECRET, self._reader)
 
     def _rotate(self, count: int) -> tuple[int, list[memoryview]]:
         """The next blocks at both ends: neither in the caches."""
@@ -203,7 +214,7 @@ class Bench:
 
     async def warm(self) -> None:
         """Connections, mappings, first-touch faults."""
-        for transport in (self._grpc, self._shm):
+        for transport in self._transports.values():
             await self.pull(transport, False, NUM_BLOCKS)
 
     async def raw_tcp(self, count: int) -> float:
@@ -231,6 +242,26 @@ class Bench:
             return time.perf_counter() - started
 
         return await asyncio.to_thread(copy)
+
+    async def raw_nixl(self, count: int) -> float:
+        """As little as a read can be: prepared lists, one post, a look every 20 us."""
+        first, destinations = self._rotate(count)
+        ids = [(first + i) % NUM_BLOCKS for i in range(count)]
+        to = [self._reader.block_id(destination) for destination in destinations]
+        life = self._reader._life
+        assert life is not None
+        peer = life.peers[self._peer.worker.boot_id]
+
+        def read() -> float:
+            started = time.perf_counter()
+            posted = life.agent.post_read(life.blocks, to, peer.blocks, ids)
+            while life.agent.state(posted) is ReadState.RUNNING:
+                time.sleep(20e-6)
+            elapsed = time.perf_counter() - started
+            life.agent.release(posted)
+            return elapsed
+
+        return await asyncio.to_thread(read)
 
     async def pull(self, transport: BlockTransport, verified: bool, count: int) -> float:
         first, destinations = self._rotate(count)
@@ -262,18 +293,16 @@ class Bench:
 
     async def bandwidth(self, counts: Sequence[int]) -> list[Row]:
         rows: list[Row] = []
+        raws = {"grpc": self.raw_tcp, "shm": self.raw_copy, "nixl": self.raw_nixl}
         for count in counts:
-            measures: dict[str, Callable[[], Awaitable[float]]] = {
-                "tcp raw": functools.partial(self.raw_tcp, count),
-                "grpc": functools.partial(self.pull, self._grpc, False, count),
-                "grpc + digest": functools.partial(self.pull, self._grpc, True, count),
-                "copy raw": functools.partial(self.raw_copy, count),
-                "shm": functools.partial(self.pull, self._shm, False, count),
-                "shm + digest": functools.partial(self.pull, self._shm, True, count),
-            }
+            measures: dict[str, Callable[[], Awaitable[float]]] = {}
+            for name, transport in self._transports.items():
+                measures[RAW[name]] = functools.partial(raws[name], count)
+                measures[name] = functools.partial(self.pull, transport, False, count)
+                measures[f"{name} + digest"] = functools.partial(self.pull, transport, True, count)
             samples = await self._interleaved(measures, count)
             for path, times in samples.items():
-                raw = samples["tcp raw" if path.startswith(("tcp", "grpc")) else "copy raw"]
+                raw = samples[RAW.get(path.split()[0], path)]
                 elapsed = statistics.median(times)
                 gb_per_s = count * self._block_bytes / elapsed / 1e9
                 ratio, best = statistics.median(raw) / elapsed, min(raw) / min(times)
