@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
+import orjson
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,6 +84,23 @@ def test_bodies_are_kept_without_managed_fields_and_secrets_without_data() -> No
     assert "managedFields" not in found["metadata"]
     cache.put(view(8, kind="Secret", data={"secret": "eA=="}))
     assert "data" not in cache.of(KEY)[Ref("apps/v1", "Secret", REF.name)]
+
+
+def test_a_body_takes_little_more_memory_than_its_json() -> None:
+    cache = Cache()
+    bodies = [view(7, spec={"args": "x" * 1500}) for _ in range(100)]
+    for number, body in enumerate(bodies):
+        body["metadata"]["name"] = f"chat-{number}"
+    num_bytes = len(orjson.dumps(bodies))
+    tracemalloc.start()
+    try:
+        for body in bodies:
+            cache.put(body)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(cache.of(KEY)) == len(bodies)
+    assert held < 2 * num_bytes
 
 
 @given(st.permutations(range(1, 7)), st.integers(0, 6))
