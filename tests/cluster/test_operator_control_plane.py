@@ -220,8 +220,8 @@ def test_a_revision_that_never_answers_is_rolled_back_and_the_old_one_serves_on(
     status = world.namespace.service()["status"]
     assert status["servingRevision"] == first != status["revision"]
     assert world.namespace.condition("Ready")["status"] == "True"
-    failed = world.namespace.deployments()[f"chat-decode-{status['revision']}"]
-    assert failed["spec"]["replicas"] == 0
+    failed = f"chat-decode-{status['revision']}"
+    until("the failed one let go", lambda: world.namespace.deployments()[failed]["spec"]["replicas"] == 0)
     world.apply(SPEC)  # back: nothing is left of it
     until("recovered", lambda: world.namespace.condition("Degraded").get("status") == "False")
     until("gone", lambda: _revisions(world) == 1)
