@@ -88,6 +88,7 @@ def test_a_prefill_and_a_decode_worker_killed_at_once_change_no_stream(service: 
 
 def test_workers_that_stop_and_come_back_as_zombies_add_no_token(service: Service, chaos: Chaos) -> None:
     """Stopped for longer than the limit of silence (10 s): other workers finish; what the zombies say is too late."""
+    service.wait_all_ready()  # a worker that still starts again after the test before has no stream to lose
     stopped = [workers_of(service, "prefill")[0], workers_of(service, "decode")[0]]
     before = census.scrape(service.workers("gateway")[0])
     try:
