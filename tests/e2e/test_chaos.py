@@ -91,7 +91,7 @@ def test_workers_that_stop_and_come_back_as_zombies_add_no_token(service: Servic
     service.wait_all_ready()  # a worker that still starts again after the test before has no stream to lose
     stopped = [workers_of(service, "prefill")[0], workers_of(service, "decode")[0]]
     silent = {"name": "baton_gateway_failovers_total", "cause": "worker_silent"}
-    before = census.scrape(service.workers("gateway")[0]).value(**silent)
+    before = after = census.scrape(service.workers("gateway")[0]).value(**silent)
     for _ in range(4):  # the worker that is stopped may by chance have none of the six streams
         try:
             os.kill(stopped[0].pid, signal.SIGSTOP)
