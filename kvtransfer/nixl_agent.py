@@ -13,12 +13,13 @@ NIXL's serialised descriptor lists are pickles: none is made, sent or read here.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from enum import Enum
 from typing import Any, Protocol
 
@@ -117,44 +118,34 @@ class _UcxAgent:
             backends=["UCX"],
             sync_mode=api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
         )
-        try:
+        with _translating():
             self._agent: Any = api.nixl_agent(name, config)
             if "UCX" not in self._agent.backends:
                 raise NixlError("NIXL has no UCX here")
             self._agent.register_memory([(address, length, 0, "") for address, length in regions], "DRAM")
             self.metadata: bytes = self._agent.get_agent_metadata()
-        except NixlError:
-            raise
-        except Exception as error:  # the bindings' errors have no common base
-            raise _translated(error) from error
         self._lists: dict[int, Any] = {}
         self._reads: dict[int, Any] = {}
 
     def add_peer(self, metadata: bytes) -> str:
         if len(metadata) > MAX_METADATA_BYTES:
             raise NixlError(f"{len(metadata)} bytes of agent metadata, the limit is {MAX_METADATA_BYTES}")
-        try:
+        with _translating():
             name = self._agent.add_remote_agent(metadata)
             name = name.decode() if isinstance(name, bytes) else str(name)
             self._agent.make_connection(name)
             return name
-        except Exception as error:
-            raise _translated(error) from error
 
     def remove_peer(self, name: str) -> None:
-        try:
+        with _translating():
             self._agent.remove_remote_agent(name)
-        except Exception as error:
-            raise _translated(error) from error
 
     def prepare(self, peer: str | None, address: int, length: int, count: int) -> int:
         rows: Rows = np.zeros((count, 3), np.uint64)
         rows[:, 0] = np.uint64(address) + np.arange(count, dtype=np.uint64) * np.uint64(length)
         rows[:, 1] = length
-        try:
+        with _translating():
             prepared = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT" if peer is None else peer, rows, "DRAM")
-        except Exception as error:
-            raise _translated(error) from error
         self._lists[id(prepared)] = prepared
         return id(prepared)
 
@@ -162,19 +153,17 @@ class _UcxAgent:
         self._lists.pop(descriptors).release()
 
     def post_read(self, local: int, local_ids: Sequence[int], remote: int, remote_ids: Sequence[int]) -> int:
-        try:
+        with _translating():
             read = self._agent.make_prepped_xfer(
                 "READ", self._lists[local], list(local_ids), self._lists[remote], list(remote_ids)
             )
-        except Exception as error:
-            raise _translated(error) from error
-        self._reads[id(read)] = read
-        try:
-            self._agent.transfer(read)
-        except Exception as error:
-            self.release(id(read))
-            raise _translated(error) from error
-        return id(read)
+            self._reads[id(read)] = read
+            try:
+                self._agent.transfer(read)
+            except BaseException:
+                self.release(id(read))
+                raise
+            return id(read)
 
     def state(self, read: int) -> ReadState:
         try:
@@ -202,5 +191,12 @@ class _UcxAgent:
 _STATES = {"PROC": ReadState.RUNNING, "DONE": ReadState.DONE, "ERR": ReadState.FAILED}
 
 
-def _translated(error: Exception) -> NixlError:
-    return NixlError(f"{type(error).__name__}: {error}"[:200])
+@contextlib.contextmanager
+def _translating() -> Generator[None]:
+    """Raises: NixlError for whatever the bindings raise."""
+    try:
+        yield
+    except NixlError:
+        raise
+    except Exception as error:  # the bindings' errors have no common base
+        raise NixlError(f"{type(error).__name__}: {error}"[:200]) from error
