@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from engine.batch import Batch, Chunk
-from engine.kernels.attention.launch import attention
+from engine.kernels.attention.native import attention
 from engine.kernels.native.library import NativeContext
 from engine.kernels.native.program import Program, StepArrays
 from engine.kv_memory import KVMemory

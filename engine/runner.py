@@ -19,7 +19,7 @@ from engine.batch import Batch, Chunk
 from engine.kernels.native.build import KernelsUnavailable
 from engine.kernels.native.library import NativeContext
 from engine.kernels.native.program import StepArrays
-from engine.kernels.sampling import launch as native_sampling
+from engine.kernels.sampling import native as native_sampling
 from engine.kernels.sampling import reference as reference_sampling
 from engine.kernels.sampling.rows import Draws, SampleRow
 from engine.kv_memory import KVMemory, KVShape

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels.linear.launch import pack, pack_gated
+from engine.kernels.linear.native import pack, pack_gated
 from engine.kernels.native.library import Library, NativeContext
 from engine.loading.layout import PackedLayout, Part, PartKind, Piece
 from engine.models.weights import SourceTensor

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels.linear.launch import PackedWeight
+from engine.kernels.linear.native import PackedWeight
 from engine.kernels.native.library import Library
 from engine.loading.layout import PackedLayout, PanelFormat, Part, PartKind, Piece
 from engine.loading.pack import OnFraction, pack_pieces

@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels.attention.launch import attention
-from engine.kernels.embedding.launch import embed
-from engine.kernels.linear.launch import Epilogue, PackedWeight, linear
+from engine.kernels.attention.native import attention
+from engine.kernels.embedding.native import embed
+from engine.kernels.linear.native import Epilogue, PackedWeight, linear
 from engine.kernels.native.library import NativeContext, NativeOp, Rows
 from engine.kernels.native.program import Program, StepArrays
-from engine.kernels.rms_norm.launch import rms_norm
-from engine.kernels.rope.launch import rope_write
+from engine.kernels.rms_norm.native import rms_norm
+from engine.kernels.rope.native import rope_write
 from engine.models.decoder import decode
 from engine.models.weights import DecoderWeights
 from modelfiles.config import ModelConfig

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.attention import launch, reference
+from engine.kernels.attention import native, reference
 from engine.kernels.native.library import NativeContext, load_library
 from engine.kernels.native.program import Program, StepArrays
 
@@ -41,7 +41,7 @@ class Paged:
         heads, dim = q.shape[1:]
         flat = q.flatten(1).contiguous()
         out = torch.full_like(flat, float("nan"))
-        op = launch.attention(flat, self.cache, LAYER, heads, out, dim**-0.5)
+        op = native.attention(flat, self.cache, LAYER, heads, out, dim**-0.5)
         step = make_step([(start, length, self.tables[i]) for i, (start, length) in chunks.items()])
         Program(context, [op]).run(step)
         return out.view_as(q)
@@ -102,8 +102,8 @@ def test_bits_do_not_depend_on_chunks_neighbours_or_threads(
 def test_shapes_that_do_not_fit_are_refused() -> None:
     cache = torch.zeros(2, 2, 1, 2, 4, 8)
     with pytest.raises(ValueError, match="must divide"):
-        launch.attention(torch.zeros(1, 24), cache, 0, 3, torch.zeros(1, 24), 1.0)
+        native.attention(torch.zeros(1, 24), cache, 0, 3, torch.zeros(1, 24), 1.0)
     with pytest.raises(ValueError, match="head_dim is 512"):
-        launch.attention(torch.zeros(1, 512), torch.zeros(1, 1, 1, 2, 4, 512), 0, 1, torch.zeros(1, 512), 1.0)
+        native.attention(torch.zeros(1, 512), torch.zeros(1, 1, 1, 2, 4, 512), 0, 1, torch.zeros(1, 512), 1.0)
     with pytest.raises(ValueError, match="slots must be contiguous"):
-        launch.attention(torch.zeros(1, 16), torch.zeros(2, 2, 1, 2, 3, 8), 0, 2, torch.zeros(1, 16), 1.0)
+        native.attention(torch.zeros(1, 16), torch.zeros(2, 2, 1, 2, 3, 8), 0, 2, torch.zeros(1, 16), 1.0)

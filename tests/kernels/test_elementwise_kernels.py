@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from engine.kernels.embedding.launch import embed
-from engine.kernels.linear import launch as linear
+from engine.kernels.embedding.native import embed
+from engine.kernels.linear import native as linear
 from engine.kernels.native.library import NativeContext, Rows
 from engine.kernels.native.program import Program, StepArrays
-from engine.kernels.rms_norm import launch as rms_norm
+from engine.kernels.rms_norm import native as rms_norm
 from engine.kernels.rms_norm.reference import rms_norm as reference_norm
-from engine.kernels.rope import launch as rope
+from engine.kernels.rope import native as rope
 from engine.kernels.rope.reference import rotate
 
 StepMaker = Callable[..., StepArrays]

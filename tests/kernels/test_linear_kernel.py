@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels.linear import launch, reference
-from engine.kernels.linear.launch import Epilogue, PackedWeight
+from engine.kernels.linear import native, reference
+from engine.kernels.linear.native import Epilogue, PackedWeight
 from engine.kernels.native.library import NativeContext, NativeOp
 from engine.kernels.native.program import Program, rows_step
 
@@ -35,8 +35,8 @@ def test_linear_with_bias_equals_float64_and_writes_nothing_else(
 ) -> None:
     x, weight, bias = torch.randn(m, k), torch.randn(n, k), torch.randn(n)
     room = poisoned(m + 1, n + 3)
-    packed = launch.pack(context, [weight], bias=bias)
-    run(context, launch.linear(x, packed, room[:, :n]), m)
+    packed = native.pack(context, [weight], bias=bias)
+    run(context, native.linear(x, packed, room[:, :n]), m)
     want = reference.linear(x.double(), weight.double(), bias.double())
     assert bool(((room[:m, :n] - want).abs() <= chain_error(x, weight) + EPSILON * want.abs()).all())
     assert room[m].isnan().all()
@@ -47,7 +47,7 @@ def test_linear_with_bias_equals_float64_and_writes_nothing_else(
 def test_linear_add_adds_to_the_residual(context: NativeContext, m: int, k: int, n: int) -> None:
     x, weight, y = torch.randn(m, k), torch.randn(n, k), torch.randn(m, n)
     want = reference.linear_add(x.double(), weight.double(), y.double())
-    run(context, launch.linear(x, launch.pack(context, [weight]), y, Epilogue.ADD), m)
+    run(context, native.linear(x, native.pack(context, [weight]), y, Epilogue.ADD), m)
     assert bool(((y - want).abs() <= chain_error(x, weight) + EPSILON * want.abs()).all())
 
 
@@ -55,7 +55,7 @@ def test_linear_add_adds_to_the_residual(context: NativeContext, m: int, k: int,
 def test_gated_linear_equals_silu_times_up(context: NativeContext, m: int, k: int, n: int) -> None:
     x, gate, up = torch.randn(m, k), torch.randn(n, k) / k**0.5, torch.randn(n, k) / k**0.5
     y = poisoned(m, n)
-    run(context, launch.linear(x, launch.pack_gated(context, gate, up), y, Epilogue.SILU_MUL), m)
+    run(context, native.linear(x, native.pack_gated(context, gate, up), y, Epilogue.SILU_MUL), m)
     want = reference.linear_silu_mul(x.double(), gate.double(), up.double())
     slack = 2 * (chain_error(x, gate) + chain_error(x, up)) * (1 + (x.double() @ up.double().T).abs())
     assert bool(((y - want).abs() <= slack + 8 * EPSILON * (1 + want.abs())).all())
@@ -64,8 +64,8 @@ def test_gated_linear_equals_silu_times_up(context: NativeContext, m: int, k: in
 def test_silu_is_right_far_from_zero(context: NativeContext) -> None:
     gate = torch.tensor([[-200.0], [-90.0], [-20.0], [0.0], [20.0], [90.0], [200.0]])
     x, y = torch.ones(1, 1), poisoned(1, 7)
-    packed = launch.pack_gated(context, gate, torch.ones(7, 1))
-    run(context, launch.linear(x, packed, y, Epilogue.SILU_MUL), 1)
+    packed = native.pack_gated(context, gate, torch.ones(7, 1))
+    run(context, native.linear(x, packed, y, Epilogue.SILU_MUL), 1)
     want = torch.nn.functional.silu(gate.double().T)
     torch.testing.assert_close(y.double(), want, rtol=1e-6, atol=1e-30)
 
@@ -73,15 +73,15 @@ def test_silu_is_right_far_from_zero(context: NativeContext) -> None:
 def test_several_sources_are_packed_one_after_another(context: NativeContext) -> None:
     sources = [torch.randn(n, 24) for n in (37, 5, 64)]
     x, y = torch.randn(3, 24), poisoned(3, 106)
-    run(context, launch.linear(x, launch.pack(context, sources), y), 3)
+    run(context, native.linear(x, native.pack(context, sources), y), 3)
     torch.testing.assert_close(y, x @ torch.cat(sources).T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("m", [1, 12, 37])
 def test_bfloat16_weights_are_rounded_once_and_computed_in_float32(context: NativeContext, m: int) -> None:
     x, weight, y = torch.randn(m, 65), torch.randn(50, 65), poisoned(m, 50)
-    panels = torch.zeros(launch.packed_size(context, 50, 65), dtype=torch.bfloat16)
-    run(context, launch.linear(x, launch.pack(context, [weight], panels), y), m)
+    panels = torch.zeros(native.packed_size(context, 50, 65), dtype=torch.bfloat16)
+    run(context, native.linear(x, native.pack(context, [weight], panels), y), m)
     rounded = weight.bfloat16().float()
     assert bool(((y - x.double() @ rounded.double().T).abs() <= chain_error(x, rounded)).all())
 
@@ -90,14 +90,14 @@ def test_bfloat16_weights_are_rounded_once_and_computed_in_float32(context: Nati
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(context: NativeContext, epilogue: Epilogue) -> None:
     x, first, second = torch.randn(60, 131), torch.randn(77, 131), torch.randn(77, 131)
     packed: PackedWeight = (
-        launch.pack_gated(context, first, second)
+        native.pack_gated(context, first, second)
         if epilogue is Epilogue.SILU_MUL
-        else launch.pack(context, [first], bias=torch.randn(77))
+        else native.pack(context, [first], bias=torch.randn(77))
     )
 
     def rows(begin: int, end: int) -> Tensor:
         part, y = x[begin:end], torch.ones(end - begin, 77)
-        run(context, launch.linear(part, packed, y, epilogue), end - begin)
+        run(context, native.linear(part, packed, y, epilogue), end - begin)
         return y
 
     whole = rows(0, 60)
@@ -106,10 +106,10 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(context: NativeContext, 
 
 
 def test_shapes_that_do_not_fit_are_refused(context: NativeContext) -> None:
-    packed = launch.pack(context, [torch.randn(8, 4)])
+    packed = native.pack(context, [torch.randn(8, 4)])
     with pytest.raises(ValueError, match="do not fit"):
-        launch.linear(torch.randn(2, 5), packed, torch.randn(2, 8))
+        native.linear(torch.randn(2, 5), packed, torch.randn(2, 8))
     with pytest.raises(TypeError, match="float64"):
-        launch.linear(torch.randn(2, 4).double(), packed, torch.randn(2, 8))
+        native.linear(torch.randn(2, 4).double(), packed, torch.randn(2, 8))
     with pytest.raises(ValueError, match="SILU_MUL"):
-        launch.linear(torch.randn(2, 4), packed, torch.randn(2, 8), Epilogue.SILU_MUL)
+        native.linear(torch.randn(2, 4), packed, torch.randn(2, 8), Epilogue.SILU_MUL)

@@ -36,7 +36,7 @@ class Rows(IntEnum):
 
 
 class NativeOp(ctypes.Structure):
-    """One operation of a program; baton.cpp's `Op`. Made by the `launch.py` of each kernel, after its checks.
+    """One operation of a program; baton.cpp's `Op`. Made by the `native.py` of each kernel, after its checks.
 
     `tensors` are those it points at; whoever holds the operation keeps them alive.
     """
@@ -159,7 +159,7 @@ class NativeContext:
             self.close()
 
     def pack(self, panels: Tensor, source: Tensor, offset: int, interleave: int) -> None:
-        """Copy weight rows into panels (see linear/launch.py)."""
+        """Copy weight rows into panels (see linear/native.py)."""
         rows, depth = source.shape
         half = int(panels.dtype == torch.bfloat16)
         self.library.functions.baton_pack(

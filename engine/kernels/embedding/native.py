@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.kernels.linear.launch import PackedWeight
+from engine.kernels.linear.native import PackedWeight
 from engine.kernels.native.library import NativeOp, OpKind, make_op
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.native.library import NativeOp, OpKind, make_op
-from engine.kernels.rope.launch import cache_numbers
+from engine.kernels.rope.native import cache_numbers
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 96
