@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -55,8 +54,7 @@ def run(config: GatewayConfig) -> None:
 async def _main(config: GatewayConfig) -> None:
     drain = lifecycle.DrainSignal()
     drain.install()
-    gateway, server, stop = await start(config)
-    print(json.dumps({"http": f"{server.host}:{server.port}"}), flush=True)
+    gateway, _, stop = await start(config)
     await drain.wait()
     await drain_requests(gateway, config.drain_timeout)
     await stop()

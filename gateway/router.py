@@ -96,6 +96,7 @@ class NoRoute(Enum):
     NUMERICS = "no decode worker computes with the numerics this request began with"
     BUSY = "no decode worker is idle, and this request must run alone"
     NOT_FOUND = "the forced worker is not connected"
+    MEETING = "prefill workers are known and have not answered yet"
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,8 @@ async def _route(generation: Generation, pool: WorkerPool, held: ExitStack) -> t
             _hold_a_worker(generation, pool, held, wanted)
         workers = pool.decode_states(generation)
         decision = router.route(wanted, workers, pool.prefill_states())
+        if isinstance(decision, Route) and not decision.candidates and pool.is_meeting_prefill:
+            decision = NoRoute.MEETING  # a gateway that has just started may meet decode workers first
         if isinstance(decision, Route):
             if not wanted.is_forced:
                 pool.note_revision(decision.revision)

@@ -105,6 +105,7 @@ class WorkerPool:
         self.last_revision: str | None = None
         self._refused: dict[str, _Unusable] = {}  # by address: what answered lately and cannot be used
         self._needs_prefill = needs_prefill
+        self._met: set[str] = set()  # addresses whose first Hello was answered or failed
         self._members: dict[str, asyncio.Task[None]] = {}
         self._waiters: set[asyncio.Future[None]] = set()
         self._scan: asyncio.Task[None] | None = None
@@ -138,6 +139,14 @@ class WorkerPool:
     def preference(self) -> Preference:
         """Between revisions, as things stand."""
         return Preference(self.routing_file.serving, self.last_revision, self._needs_prefill)
+
+    @property
+    def is_meeting_prefill(self) -> bool:
+        """Prefill workers may be there that just have not been asked to the end: at most a Hello's time per address."""
+        return self._needs_prefill and any(
+            _ROLES.get(hint.role) != pb.ROLE_DECODE and address not in self._met
+            for address, hint in self.table.hints().items()
+        )
 
     def refusals(self, revision: str) -> list[str]:
         """Why workers of a revision that answer cannot be used, each in words."""
@@ -229,6 +238,7 @@ class WorkerPool:
                 self._members[address] = asyncio.create_task(self._run_member(hint), name=f"worker {address}")
         for address in [a for a, task in self._members.items() if task.done() and a not in hints]:
             del self._members[address]
+            self._met.discard(address)
 
     def _is_hinted(self, address: str) -> bool:
         return address in self.table.hints()
@@ -241,7 +251,10 @@ class WorkerPool:
         async with rpc.open_channel(hint.address) as channel:
             while True:
                 try:
-                    reply = await self._say_hello(channel, role)
+                    try:
+                        reply = await self._say_hello(channel, role)
+                    finally:  # with an answer, `_use` has entered it before anything else runs
+                        self._note_met(hint.address)
                     backoff, said = BACKOFF_MIN_S, ""
                     self._refused.pop(hint.address, None)
                     try:
@@ -265,6 +278,11 @@ class WorkerPool:
                     return
                 await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
                 backoff = min(BACKOFF_MAX_S, backoff * 2)
+
+    def _note_met(self, address: str) -> None:
+        if address not in self._met:
+            self._met.add(address)
+            asyncio.get_running_loop().call_soon(self.notify)
 
     async def _say_hello(self, channel: rpc.Channel, role: pb.Role) -> pb.HelloReply:
         """Ask the service that the hint names, or both: who are you?"""

@@ -42,6 +42,25 @@ def ask_health(address: str, probe: str, *, timeout_s: float) -> Health | None:
     )
 
 
+def ask_connected_workers(address: str, *, timeout_s: float) -> dict[str, int]:
+    """How many workers the gateway at `host:port` has met, by pool, as its metrics say; empty if it does not answer."""
+    host, _, port = address.rpartition(":")
+    connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=timeout_s)
+    try:
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read(1 << 20).decode().splitlines()
+    except (OSError, http.client.HTTPException, ValueError):
+        return {}
+    finally:
+        connection.close()
+    values = dict(
+        line.rsplit(" ", 1)
+        for line in lines
+        if line.startswith(("baton_gateway_decode_workers ", "baton_gateway_prefill_workers "))
+    )
+    return {name.split("_")[2]: int(float(value)) for name, value in values.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class FirstToken:
     text: str

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from baton.local.plan import (
     plan_added_worker,
     plan_service,
 )
-from baton.local.probe import FirstToken, ask_health, stream_first_token
+from baton.local.probe import FirstToken, ask_connected_workers, stream_first_token
 from baton.local.process import ManagedProcess, ProcessState
 from baton.local.reporter import Ready, Reporter
 from baton.local.rundir import RunDir
@@ -297,8 +298,10 @@ class Supervisor:
                 )
 
     async def _gateway_has_workers(self) -> bool:
-        health = await asyncio.to_thread(ask_health, self._gateway_address, "/readyz", timeout_s=2.0)
-        return health is not None and health.is_good
+        """All of them: a prompt that came before its prefill workers would be prefilled where it is decoded."""
+        started = Counter(process.spec.role for process in self._processes.values())
+        met = await asyncio.to_thread(ask_connected_workers, self._gateway_address, timeout_s=2.0)
+        return all(met.get(role.value, 0) >= started[role] for role in POOL_ROLES)
 
     def _check_port(self) -> None:
         """Say so now, instead of in a log, when the gateway's port is taken."""

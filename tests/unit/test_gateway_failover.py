@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
+import grpc.aio
 import httpx2
 import pytest
 
+from baton.local.probe import ask_connected_workers
 from gateway import connection, worker_pool
+from gateway.config import Disaggregation
 from gateway.detokenize import TextDelta, TextStream
 from gateway.fake_decode_worker import FakeDecodeWorker, Fault, Script
 from gateway.fake_model import EOS_ID, write_fake_model
+from kvtransfer.protocol import PROTOCOL_VERSION
 from kvtransfer.protocol import baton_pb2 as pb
 from tests.gateway_harness import Harness, events, running, streamed_text
 
@@ -335,6 +342,63 @@ async def test_prefill_candidates_come_with_the_request(tmp_path: Path) -> None:
         await harness.complete()
         (candidate,) = harness.worker.requests[0].prefill_candidates
         assert (candidate.worker_id, candidate.address, candidate.boot_id) == ("p0", "10.0.0.1:1", b"b")
+
+
+@asynccontextmanager
+async def slow_prefill_worker(may_answer: asyncio.Event) -> AsyncIterator[str]:
+    """Serves Hello once it may; yields its address."""
+
+    async def hello(request: pb.HelloRequest, context: Any) -> pb.HelloReply:
+        await may_answer.wait()
+        worker = pb.WorkerInfo(worker_id="p0", role=pb.ROLE_PREFILL, layout_fingerprint="layout-a", deterministic=True)
+        return pb.HelloReply(protocol_version=PROTOCOL_VERSION, worker=worker)
+
+    server = grpc.aio.server()
+    handler = grpc.unary_unary_rpc_method_handler(hello, pb.HelloRequest.FromString, pb.HelloReply.SerializeToString)
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("baton.v1.PrefillWorker", {"Hello": handler}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(None)
+
+
+async def test_a_request_waits_for_prefill_workers_that_are_known_but_not_met(tmp_path: Path) -> None:
+    may_answer, decode = asyncio.Event(), FakeDecodeWorker()
+    async with decode, slow_prefill_worker(may_answer) as address:
+        seeds = (decode.address, address)
+        async with running(tmp_path, wait_for=1, workers_seed=seeds) as harness:
+            pool = harness.gateway.services.pool
+            request = asyncio.create_task(harness.complete())
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(request), 0.2)
+            assert decode.requests == []
+            assert pool.is_meeting_prefill
+            may_answer.set()
+            assert (await request).status_code == 200
+            assert [c.worker_id for c in decode.requests[0].prefill_candidates] == ["p0"]
+            assert not pool.is_meeting_prefill
+            address = f"127.0.0.1:{harness.server.port}"
+            met = await asyncio.to_thread(ask_connected_workers, address, timeout_s=5.0)
+            assert met == {"decode": 1, "prefill": 1}  # what `baton up` waits for
+
+
+async def test_a_request_does_not_wait_for_prefill_workers_that_do_not_answer(tmp_path: Path) -> None:
+    decode = FakeDecodeWorker()
+    async with decode:
+        seeds = (decode.address, "127.0.0.1:1")
+        async with running(tmp_path, wait_for=1, workers_seed=seeds) as harness:
+            assert (await harness.complete()).status_code == 200
+            assert list(decode.requests[0].prefill_candidates) == []
+
+
+async def test_a_service_that_never_hands_over_waits_for_no_prefill_worker(tmp_path: Path) -> None:
+    decode = FakeDecodeWorker()
+    async with decode, slow_prefill_worker(asyncio.Event()) as address:
+        settings = {"workers_seed": (decode.address, address), "disaggregation": Disaggregation.NEVER}
+        async with running(tmp_path, wait_for=1, **settings) as harness:
+            assert (await harness.complete()).status_code == 200
 
 
 def announce(registry: Path, worker: FakeDecodeWorker) -> Path:
