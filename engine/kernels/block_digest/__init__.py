@@ -1,0 +1,1 @@
+"""128-bit digests of KV blocks, computed where the blocks lie."""

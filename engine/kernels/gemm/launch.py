@@ -1,0 +1,62 @@
+"""Launch the batch-invariant GEMM."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.kernels.arch import INTERPRETER, arch_of
+from engine.kernels.compile_case import CompileConfig
+from engine.kernels.gemm.triton import gemm_kernel
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def tile_config(arch: int) -> CompileConfig:
+    """Constants by architecture alone: were they chosen by m, the order of additions would follow the batch."""
+    if arch == INTERPRETER:
+        return CompileConfig(constants={"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "UPCAST": True})
+    return CompileConfig(
+        constants={"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "UPCAST": False}, num_warps=4, num_stages=4
+    )
+
+
+def gemm(x: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
+    """y = x weight^T (+ bias) (+ residual), accumulated in float32; every row as if it were alone.
+
+    x [m, k], weight [n, k], rows contiguous, of one dtype: float32 (multiplied in full precision, no TF32), float16 or
+    bfloat16. y [m, n] of any of them; bias [n]; residual [m, n], which may be y.
+    """
+    m, k = x.shape
+    n = weight.shape[0]
+    if weight.shape[1] != k or y.shape != (m, n) or x.stride(1) != 1 or weight.stride(1) != 1 or y.stride(1) != 1:
+        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, y {tuple(y.shape)} do not fit")
+    if x.dtype != weight.dtype or x.dtype not in _FLOATS:
+        raise ValueError(f"x is {x.dtype} and weight {weight.dtype}: expected one of float32, float16, bfloat16")
+    if bias is not None and (bias.shape != (n,) or bias.stride(0) != 1):
+        raise ValueError(f"bias is {tuple(bias.shape)}, expected ({n},)")
+    if residual is not None and (residual.shape != (m, n) or residual.stride(1) != 1):
+        raise ValueError(f"residual is {tuple(residual.shape)}, expected ({m}, {n})")
+    if m == 0:
+        return
+    config = tile_config(arch_of(x))
+    grid = (-(-m // config.constants["BLOCK_M"]), -(-n // config.constants["BLOCK_N"]))
+    gemm_kernel[grid](
+        x,
+        weight,
+        y,
+        bias,
+        residual,
+        m,
+        n,
+        k,
+        x.stride(0),
+        weight.stride(0),
+        y.stride(0),
+        0 if residual is None else residual.stride(0),
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **config.constants,
+    )

@@ -1,0 +1,141 @@
+"""Launch RoPE together with the write of keys and values."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from engine.kernels.arch import INTERPRETER, arch_of, next_power_of_2
+from engine.kernels.compile_case import CompileConfig
+from engine.kernels.rope.triton import rope_write_kernel
+
+
+class KVFormat(IntEnum):
+    """How the cache holds a number; the constants of triton.py."""
+
+    AS_IS = 0
+    INT8 = 1
+    FP8 = 2
+
+
+LIMITS = {KVFormat.AS_IS: 0.0, KVFormat.INT8: 127.0, KVFormat.FP8: 448.0}
+"""The magnitude that the largest number of a head is scaled to."""
+_FORMATS = {torch.int8: KVFormat.INT8, torch.float8_e4m3fn: KVFormat.FP8}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def tile_config(arch: int, head_dim: int) -> CompileConfig:
+    """Constants for heads of head_dim numbers. They never depend on how many tokens there are."""
+    half = head_dim // 2
+    constants = {"HALF": half, "HALF_BLOCK": next_power_of_2(half), "ROWS": 64 if arch == INTERPRETER else 16}
+    return CompileConfig(constants=constants, num_warps=4)
+
+
+def rope_write(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cache: Tensor,
+    layer: int,
+    num_heads: int,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    epsilon: float = 0.0,
+    kv_scales: Tensor | None = None,
+) -> None:
+    """Rotate q in place; write rotated k, and v, to the slots of `slot_mapping`. k and v in qkv stay as they are.
+
+    qkv [T, (num_heads + 2 kv_heads) * head_dim]: q heads, k heads, v heads; rows contiguous. cos, sin [positions,
+    head_dim / 2] float32, contiguous. positions [T] int32, slot_mapping [T] int64 as in DeviceStep. `q_norm`, `k_norm`
+    [head_dim], both or neither: RMSNorm per head before the rotation (Qwen3).
+    cache [num_blocks, kv_heads, num_layers, 2, block_size, head_dim], head_dim contiguous: float32, float16, bfloat16;
+    or int8 or float8_e4m3fn, and then `kv_scales` [num_blocks, kv_heads, num_layers, 2, block_size] float32, slots
+    contiguous: one scale per token, head and K or V, value = stored * scale.
+    """
+    kv_format = _FORMATS.get(cache.dtype, KVFormat.AS_IS)
+    _check(qkv, cos, sin, positions, slot_mapping, cache, layer, num_heads, q_norm, k_norm, kv_scales, kv_format)
+    num_tokens, kv_heads = qkv.shape[0], cache.shape[1]
+    if num_tokens == 0:
+        return
+    config = tile_config(arch_of(qkv), cache.shape[5])
+    rows = config.constants["ROWS"]
+    programs = -(-num_tokens * num_heads // rows) + -(-num_tokens * kv_heads // rows)
+    scale_strides = (0, 0, 0, 0) if kv_scales is None else kv_scales.stride()[:4]
+    rope_write_kernel[(programs,)](
+        qkv,
+        cos,
+        sin,
+        positions,
+        slot_mapping,
+        q_norm,
+        k_norm,
+        cache.view(torch.uint8) if kv_format is KVFormat.FP8 else cache,
+        kv_scales,
+        num_tokens,
+        layer,
+        qkv.stride(0),
+        *cache.stride()[:5],
+        *scale_strides,
+        epsilon,
+        HEADS=num_heads,
+        KV_HEADS=kv_heads,
+        BLOCK_SIZE=cache.shape[4],
+        NORM=q_norm is not None,
+        FORMAT=int(kv_format),
+        LIMIT=LIMITS[kv_format],
+        num_warps=config.num_warps,
+        **config.constants,
+    )
+
+
+def _check(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    cache: Tensor,
+    layer: int,
+    num_heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    kv_scales: Tensor | None,
+    kv_format: KVFormat,
+) -> None:
+    if cache.dim() != 6 or cache.shape[3] != 2 or cache.stride(5) != 1:
+        raise ValueError(f"KV cache is {tuple(cache.shape)} with strides {cache.stride()}: the last must be 1")
+    if kv_format is KVFormat.AS_IS and cache.dtype not in _FLOATS:
+        raise ValueError(f"KV cache is {cache.dtype}, expected float32, float16, bfloat16, int8 or float8_e4m3fn")
+    kv_heads, num_layers, block_size, head_dim = cache.shape[1], cache.shape[2], cache.shape[4], cache.shape[5]
+    tokens = qkv.shape[0]
+    if qkv.shape[1] != (num_heads + 2 * kv_heads) * head_dim or qkv.stride(1) != 1 or qkv.dtype not in _FLOATS:
+        raise ValueError(
+            f"qkv {tuple(qkv.shape)} {qkv.dtype} does not fit {num_heads}+2*{kv_heads} heads of {head_dim}"
+        )
+    if head_dim % 2 or block_size & (block_size - 1) or not 0 <= layer < num_layers:
+        raise ValueError(f"head_dim {head_dim}, block_size {block_size}, layer {layer} of {num_layers}")
+    for table in (cos, sin):
+        if table.shape[1] != head_dim // 2 or table.dtype != torch.float32 or not table.is_contiguous():
+            raise ValueError(
+                f"rotary table is {tuple(table.shape)} {table.dtype}, expected [*, {head_dim // 2}] float32"
+            )
+    if positions.shape != (tokens,) or slot_mapping.shape != (tokens,) or slot_mapping.dtype != torch.int64:
+        raise ValueError(
+            f"positions {tuple(positions.shape)}, slot_mapping {tuple(slot_mapping.shape)} {slot_mapping.dtype}: "
+            f"expected ({tokens},) and int64"
+        )
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("head norms come for queries and keys, or for neither")
+    for norm in (q_norm, k_norm):
+        if norm is not None and (norm.shape != (head_dim,) or norm.stride(0) != 1):
+            raise ValueError(f"head norm is {tuple(norm.shape)}, expected ({head_dim},)")
+    if (kv_scales is None) != (kv_format is KVFormat.AS_IS):
+        raise ValueError(f"KV cache is {cache.dtype} and kv_scales are {'absent' if kv_scales is None else 'given'}")
+    if kv_scales is not None and (
+        kv_scales.shape != cache.shape[:5] or kv_scales.dtype != torch.float32 or kv_scales.stride(4) != 1
+    ):
+        raise ValueError(f"kv_scales {tuple(kv_scales.shape)} {kv_scales.dtype}, expected {tuple(cache.shape[:5])}")
