@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import statistics
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+from bench.service import free_port
 from gateway.fake_decode_worker import FakeDecodeWorker, Script
 from gateway.fake_model import write_fake_model
 
@@ -47,9 +49,10 @@ async def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = write_fake_model(Path(folder) / "model")
         async with FakeDecodeWorker(script=Script(step_s=options.step_ms / 1000)) as worker:
-            gateway = await start_gateway(model, worker.address)
+            port = free_port()
+            gateway = await start_gateway(model, port, worker.address)
             try:
-                port = await wait_until_ready(gateway)
+                await wait_until_ready(port)
                 pid = gateway.pid
                 await measure(pid, port, 8, 20)  # warm
                 runs = [await measure(pid, port, options.streams, options.tokens) for _ in range(options.repeats)]
@@ -69,22 +72,20 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-async def start_gateway(model: Path, worker: str) -> asyncio.subprocess.Process:
-    flags = ["--model", str(model), "--model-id", "bench", "--http", "127.0.0.1:0", "--workers-seed", worker]
+async def start_gateway(model: Path, port: int, worker: str) -> asyncio.subprocess.Process:
+    flags = ["--model", str(model), "--model-id", "bench", "--http", f"127.0.0.1:{port}", "--workers-seed", worker]
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "gateway", *flags, "--log-level", "warning", cwd=ROOT, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-m", "gateway", *flags, "--log-level", "warning", cwd=ROOT
     )
 
 
-async def wait_until_ready(gateway: asyncio.subprocess.Process) -> int:
-    """The port the gateway says it has, once it has its worker."""
-    assert gateway.stdout is not None
-    line = await asyncio.wait_for(gateway.stdout.readline(), READY_S)
-    port = int(json.loads(line)["http"].rsplit(":", 1)[1])
+async def wait_until_ready(port: int) -> None:
+    """Until it listens and has its worker."""
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline:
-        if b"200 OK" in await fetch(port, b"GET /health HTTP/1.1\r\nhost: b\r\nconnection: close\r\n\r\n"):
-            return port
+        with contextlib.suppress(ConnectionError):
+            if b"200 OK" in await fetch(port, b"GET /health HTTP/1.1\r\nhost: b\r\nconnection: close\r\n\r\n"):
+                return
         await asyncio.sleep(0.05)
     raise TimeoutError("the gateway found no worker")
 

@@ -129,23 +129,32 @@ def test_an_unknown_flag_and_a_missing_model_are_refused() -> None:
 
 
 def test_it_starts_answers_and_ends_on_sigterm(tmp_path: Path) -> None:
+    """Whoever collects its output gets one JSON line per event and nothing else."""
     model = write_fake_model(tmp_path / "model")
-    flags = ["--model", str(model), "--http", "127.0.0.1:0", "--registry-dir", str(tmp_path), "--log-level", "warning"]
+    flags = ["--model", str(model), "--http", "127.0.0.1:0", "--registry-dir", str(tmp_path)]
     process = subprocess.Popen(
         [sys.executable, "-m", "gateway", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        assert process.stdout is not None
-        address = json.loads(process.stdout.readline())["http"]
+        address = ready_line(process)["http"]
         with urllib.request.urlopen(f"http://{address}/readyz", timeout=10) as answer:
             assert json.load(answer)["state"] == "ready"
         with pytest.raises(urllib.error.HTTPError, match="503"):
             urllib.request.urlopen(f"http://{address}/health", timeout=10)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        printed, logged = process.communicate(timeout=20)
+        assert process.returncode == 0
+        assert printed == ""
+        assert all({"time", "level", "message"} <= json.loads(line).keys() for line in logged.splitlines())
     finally:
         process.kill()
         process.communicate()
+
+
+def ready_line(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stderr is not None
+    lines = (json.loads(line) for line in process.stderr)
+    return next(line for line in lines if line["message"] == "gateway ready")
 
 
 def test_it_ends_with_its_parent(tmp_path: Path) -> None:
@@ -154,12 +163,10 @@ def test_it_ends_with_its_parent(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     flags = ["--model", str(model), "--http", "127.0.0.1:0", "--parent-fd", str(reader)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "gateway", *flags],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, pass_fds=[reader],
-    )  # fmt: skip
+        [sys.executable, "-m", "gateway", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True, pass_fds=[reader]
+    )
     try:
-        assert process.stdout is not None
-        process.stdout.readline()
+        ready_line(process)
         os.close(writer)
         began = time.monotonic()
         process.wait(10)
