@@ -159,9 +159,15 @@ class Product:
             for pod in self.pods(component)
         )
 
-    def metrics(self, pod: Mapping[str, Any]) -> Metrics:
-        where = f"/api/v1/namespaces/{self.namespace}/pods/{pod['metadata']['name']}:7001/proxy/metrics"
+    def metrics(self, pod: Mapping[str, Any], port: int = 7001) -> Metrics:
+        where = f"/api/v1/namespaces/{self.namespace}/pods/{pod['metadata']['name']}:{port}/proxy/metrics"
         return Metrics.parse(self.cluster.kubectl("get", "--raw", where))
+
+    def num_passes(self) -> float:
+        """How often the operator has looked at the service and done what was to do."""
+        label = f"app.kubernetes.io/instance={RELEASE},app.kubernetes.io/component=operator"
+        operators = self.get("pods", "-l", label)["items"]
+        return sum(self.metrics(pod, port=8080).value("baton_operator_reconciles_total") for pod in operators)
 
     def log(self, pod: Mapping[str, Any], container: str) -> list[dict[str, Any]]:
         text = self.kubectl("logs", pod["metadata"]["name"], "-c", container)

@@ -168,6 +168,59 @@ def test_kubectl_scale_grows_a_pool(product: Product) -> None:
     assert product.get("llmpool", f"{product.name}-decode")["spec"]["replicas"] == 2
 
 
+def test_an_autoscaler_grows_a_pool_and_the_operator_lets_it(product: Product) -> None:
+    """By the CPU time that the pods of the pool's selector really use, until it is deleted; then nobody scales."""
+    pool = f"{product.name}-decode"
+    product.kubectl("scale", f"llmpool/{pool}", "--replicas=1")
+    product.wait_until("1 decode worker", lambda: product.num_ready("decode") == 1 == len(product.pods("decode")))
+    with product.traffic():
+        with product.timed("autoscaler from 1 to 2 ready"):
+            product.cluster.apply(autoscaler(pool))
+            product.wait_until("2 decode workers", lambda: product.num_ready("decode") == 2)
+        product.wait_until("the autoscaler sees both", lambda: has_settled(product, pool, num_workers=2))
+        described = product.kubectl("describe", "hpa", pool)
+        assert "New size: 2; reason: cpu resource utilization (percentage of request) above target" in described
+        for number in range(3):
+            have_operator_look_again(product, number)
+            assert replicas_and_owner(product, pool) == (2, ["kube-controller-manager"])
+        product.kubectl("delete", "hpa", pool)
+    have_operator_look_again(product, 3)
+    assert replicas_and_owner(product, pool) == (2, ["kube-controller-manager"])
+    assert product.num_ready("decode") == 2
+
+
+def autoscaler(pool: str) -> dict[str, object]:
+    """As `kubectl autoscale` makes it, of a pool in place of a Deployment."""
+    target = {"apiVersion": "serving.baton.dev/v1alpha1", "kind": "LLMPool", "name": pool}
+    cpu = {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 50}}  # of the 50m that are requested
+    spec = {"scaleTargetRef": target, "minReplicas": 1, "maxReplicas": 2}
+    return {
+        "apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": pool, "namespace": NAMESPACE},
+        "spec": spec | {"metrics": [{"type": "Resource", "resource": cpu}]},
+    }  # fmt: skip
+
+
+def has_settled(product: Product, name: str, num_workers: int) -> bool:
+    status = product.get("hpa", name).get("status", {})
+    is_active = any(each["type"] == "ScalingActive" and each["status"] == "True" for each in status["conditions"])
+    return is_active and status["currentReplicas"] == status["desiredReplicas"] == num_workers
+
+
+def have_operator_look_again(product: Product, number: int) -> None:
+    num_passes = product.num_passes()
+    product.kubectl("annotate", "llm", product.name, f"example.com/looked-at={number}", "--overwrite")
+    product.wait_until("another pass of the operator", lambda: product.num_passes() > num_passes)
+
+
+def replicas_and_owner(product: Product, pool: str) -> tuple[int, list[str]]:
+    """spec.replicas, and who wrote it last (a writer that agrees would stand beside)."""
+    live = product.get("llmpool", pool, "--show-managed-fields")
+    entries = live["metadata"]["managedFields"]
+    owners = [each["manager"] for each in entries if "f:replicas" in each["fieldsV1"].get("f:spec", {})]
+    return live["spec"]["replicas"], owners
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_killed_worker_loses_no_request(product: Product, role: str) -> None:
     with product.traffic() as traffic:
