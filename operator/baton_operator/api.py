@@ -25,7 +25,7 @@ from baton_operator.objects import FIELD_MANAGER, Manifest, Ref
 
 _TIMEOUT_S = 15.0
 _MAX_IN_FLIGHT = 16
-_CHUNK = 250  # objects per page of a list
+_CHUNK = 100  # objects per page of a list: a page is parsed whole
 _APPLY = "application/apply-patch+yaml"
 _MERGE = "application/merge-patch+json"
 

@@ -144,7 +144,7 @@ class Executor:
             await self._refuse_foreign(namespace, ref, uid)
             made = await self._api.get(namespace, ref)
         if made is not None:
-            outcome.secrets[ref] = without_data(made)
+            outcome.secrets[ref] = bare_secret(made)
 
     async def _ask(self, view: View, desired: Desired, step: Probe | AskGateways, outcome: Outcome) -> None:
         """Ask the gateways; once more with the secret as it is now if they refuse the one that was read before."""
@@ -213,9 +213,11 @@ class Executor:
             log.warning("event not written: %s", error)
 
 
-def without_data(secret: Manifest) -> Manifest:
-    """What may be kept of a Secret."""
-    return {key: value for key, value in secret.items() if key not in ("data", "stringData")}
+def bare_secret(secret: Manifest) -> Manifest:
+    """What is kept of a Secret: whose it is. Its values are nobody's business, and the rest is never read."""
+    kept = ("name", "namespace", "uid", "resourceVersion", "ownerReferences", "deletionTimestamp")
+    metadata = {key: value for key, value in secret["metadata"].items() if key in kept}
+    return {"apiVersion": secret["apiVersion"], "kind": secret["kind"], "metadata": metadata}
 
 
 def _ref_of(step: Step) -> Ref:

@@ -80,7 +80,7 @@ class Watcher:
         settings.watching.server_timeout = 240
         settings.watching.reconnect_backoff = 0.5
         settings.networking.error_backoffs = _Forever()
-        settings.queueing.idle_timeout = 1.0
+        settings.queueing.idle_timeout = 0.2  # of a task that holds its object: a list of thousands makes as many
         for kind in self._kinds:
             if kind.selector:
                 settings.watching.label_selectors[kind.group, kind.version, kind.plural] = kind.selector

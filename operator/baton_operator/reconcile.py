@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from baton_operator.api import Api
-from baton_operator.apply import Executor, Outcome, without_data
+from baton_operator.apply import Executor, Outcome, bare_secret
 from baton_operator.cache import Cache, Key
 from baton_operator.desired import Platform, desire
 from baton_operator.errors import ApiError, TryAgain
@@ -130,7 +130,7 @@ class Reconciler:
         for ref in wanted:
             secret = await self._api.get(key[0], ref)
             if secret is not None:
-                found[ref] = without_data(secret)
+                found[ref] = bare_secret(secret)
         memory = replace(memory, secrets=found, secrets_at=now)
         self._memories[key] = memory
         return memory

@@ -12,6 +12,7 @@ from typing import Any
 
 import kopf
 import orjson
+from kopf._core.reactor.inventory import ResourceMemories, ResourceMemory  # an argument of kopf.operator, not exported
 
 from baton_operator.api import Api, client_configuration
 from baton_operator.apply import Executor
@@ -71,7 +72,7 @@ async def _run(options: argparse.Namespace, own: str) -> None:
         await kopf.operator(
             registry=registry, settings=settings, clusterwide=not namespaces, namespaces=namespaces, identity=identity,
             standalone=not options.peering, peering_name=options.peering or None,
-            priority=os.getpid() if options.peering else None,
+            priority=os.getpid() if options.peering else None, memories=ForgetfulMemories(),
         )  # fmt: skip
     finally:
         await health.close()
@@ -87,6 +88,19 @@ async def _optional_apis(api: Api) -> frozenset[str]:
         except Unreachable as error:
             log.warning("waiting for the API server: %s", error)
             await asyncio.sleep(1.0)
+
+
+class ForgetfulMemories(ResourceMemories):
+    """kopf's notes on every object, kept while it handles one event: only handlers that we do not have need them.
+
+    A thousand services have 23,000 objects, and the notes took 14 MB (docs/log.md).
+    """
+
+    async def recall(
+        self, raw_body: Any, *, memobase: Any = None, noticed_by_listing: bool = False, ephemeral: bool = False
+    ) -> ResourceMemory:
+        del ephemeral  # of each
+        return await super().recall(raw_body, memobase=memobase, noticed_by_listing=noticed_by_listing, ephemeral=True)
 
 
 class _JsonLines(logging.Formatter):

@@ -71,3 +71,11 @@ def test_a_gateway_is_heard_on_what_it_was_told_and_on_where_it_sends_requests(
 
     monkeypatch.setattr(Gateways, "_call", call)
     assert asyncio.run(Gateways().ask(["g0"], "secret")) == (GatewayReport("g0", "new", "old", False),)
+
+
+async def test_kopf_keeps_no_notes_on_objects() -> None:
+    memories = run.ForgetfulMemories()
+    body: Any = {"metadata": {"uid": "a"}}
+    await memories.recall(body, noticed_by_listing=True)
+    await memories.forget(body)  # a deletion of what is not there
+    assert list(memories.iter_all_memories()) == []
