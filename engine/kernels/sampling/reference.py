@@ -1,7 +1,7 @@
 """What the samplers compute, in numpy and double precision.
 
-Order: mask -> penalties -> temperature -> top-k -> top-p -> draw, as in vLLM and transformers. Ties break towards the
-lower token id, so that k tokens are k tokens.
+Order: mask -> penalties -> temperature -> min-p -> top-k -> top-p -> draw, as in vLLM. Ties break towards the lower
+token id, so that k tokens are k tokens.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def draw(logits: np.ndarray, row: SampleRow) -> int:
     if row.temperature == 0:
         return int(logits.argmax())
     scaled = (logits.astype(np.float64) - logits.max()) / row.temperature
-    weights = np.exp(scaled)
+    weights = np.where(logits < logits.max() + np.float32(row.min_p_margin), 0.0, np.exp(scaled))
     top_k = 0 < row.top_k < len(logits)
     order = _order(logits) if top_k or row.top_p < 1 else np.arange(len(logits))
     if top_k:
