@@ -54,7 +54,7 @@ soak: env model cluster-tools ## hundreds of kills; prints run/total
 	@$(PYTHON) -m pytest -m soak -s --timeout 0 $(ARGS)
 
 proto: env ## generate kvtransfer/protocol/baton_pb2*.py again after a change of baton.proto
-	$(PYTHON) -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. kvtransfer/protocol/baton.proto
+	$(PYTHON) -m kvtransfer.protocol.generate
 
 clean: ## remove .venv and caches of the tools (not the models)
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist

@@ -71,6 +71,10 @@ class PrefillPool:
             totals.update(known.client.fallbacks)
         return dict(totals)
 
+    def transports(self) -> dict[str, int]:
+        """How many prefill workers are connected by each way of moving KV."""
+        return dict(Counter(known.client.transport for known in self._known.values() if known.client.transport))
+
     async def aclose(self) -> None:
         """End every stream; fetches under way fail."""
         known, self._known = self._known, {}

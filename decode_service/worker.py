@@ -12,6 +12,7 @@ from decode_service.placement import Policy
 from decode_service.remote import PrefillPool
 from engine.worker import KV_DTYPE, Replica
 from kvtransfer import rpc, ucx
+from kvtransfer.negotiation import NixlUse
 from kvtransfer.nixl_transport import NixlReader
 from kvtransfer.prefill_client import DecodeIdentity, PrefillClient
 from kvtransfer.protocol import baton_pb2 as pb
@@ -43,9 +44,7 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
     metrics = DecodeQueueMetrics(process.metrics)
     engine = EngineClient(replica.engine)
     # 3. What fetches KV from prefill workers, and what owns the attempts.
-    if config.require_rdma:
-        ucx.require_rdma()
-    nixl = _reader(process, replica) if "nixl" in config.transports else None
+    nixl = _reader(process, replica, ucx.prepare(config.transports, config.require_rdma))
     pool = PrefillPool(_client_maker(config, process, replica, nixl, lambda: worker_load(engine.load)))
     attempts = Attempts(
         engine,
@@ -65,10 +64,11 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
 
     def refresh_metrics() -> None:
         engine_metrics.update(engine.load, engine.counters)
-        metrics.update(engine.load, pool.ignored(), pool.fallbacks())
+        metrics.update(engine.load, pool.ignored(), pool.fallbacks(), pool.transports())
 
     engine.start(attempts.on_step, on_crash)
     process.refresh_metrics = refresh_metrics
+    process.health.facts = lambda: {"transports": pool.transports()}
     # 4. Serve until told to end.
     servicer = DecodeServicer(attempts, engine, process.describe(replica))
     await process.serve(servicer.add_to, rpc.GENERATE_OPTIONS)
@@ -87,9 +87,12 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
     return status
 
 
-def _reader(process: WorkerProcess, replica: Replica) -> NixlReader:
+def _reader(process: WorkerProcess, replica: Replica, use: NixlUse) -> NixlReader | None:
     """Registers the KV memory, once."""
-    return NixlReader(f"baton-{process.boot_id.hex()}", replica.kv.buffer, replica.identity.block_bytes)
+    if use is NixlUse.NONE:
+        return None
+    name = f"baton-{process.boot_id.hex()}"
+    return NixlReader(name, replica.kv.buffer, replica.identity.block_bytes, use=use)
 
 
 def _client_maker(
@@ -106,6 +109,7 @@ def _client_maker(
         block_size=replica.identity.block_size,
         block_bytes=replica.identity.block_bytes,
         transports=config.transports,
+        needs_rdma=config.require_rdma,
     )
     failpoints = process.failpoints
     if failpoints.active:

@@ -29,6 +29,7 @@ MAX_METADATA_BYTES = 64 << 10
 """Of another agent's metadata: 450 bytes on a machine with two networks; read by native code, so bounded before."""
 
 PACKAGES = ("nixl_cu13", "nixl_cu12")
+NOT_INSTALLED = "NIXL is not installed: pip install 'baton-serving[nixl]'"
 _REFERENCES_AT_CLOSE = 2  # the local name and getrefcount's argument
 
 Rows = np.ndarray[Any, np.dtype[np.uint64]]  # [n, 3]: address, length, device
@@ -99,7 +100,7 @@ def _api() -> Any:
         logger.propagate = True
         logger.setLevel(logging.WARNING)
         return module
-    raise NixlError("NIXL is not installed: pip install 'baton-serving[nixl]'")
+    raise NixlError(NOT_INSTALLED)
 
 
 def open_agent(name: str, regions: Sequence[tuple[int, int]]) -> NixlAgent:

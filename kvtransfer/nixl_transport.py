@@ -40,6 +40,7 @@ import numpy as np
 from kvtransfer.auth import Secret
 from kvtransfer.errors import BlockNotPublished, TicketRefused, TransportLost
 from kvtransfer.grpc_transport import GrpcBlockTransport
+from kvtransfer.negotiation import NixlUse
 from kvtransfer.nixl_agent import MAX_METADATA_BYTES, NixlAgent, NixlError, ReadState, open_agent
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.transport import (
@@ -86,7 +87,7 @@ OpenAgent = Callable[[str, Sequence[tuple[int, int]]], NixlAgent]
 class NixlMemory:
     """P's end: registered once, read by whoever Hello told of it. Has nothing to do afterwards."""
 
-    def __init__(self, source: BlockSource) -> None:
+    def __init__(self, source: BlockSource, use: NixlUse = NixlUse.ANY) -> None:
         """Raises: NixlError."""
         regions = [
             (source.address, source.num_blocks * source.block_bytes),
@@ -94,7 +95,10 @@ class NixlMemory:
         ]
         self._agent = open_agent(f"baton-{source.boot_id.hex()}", regions)
         self.info = pb.NixlMemory(
-            agent_metadata=self._agent.metadata, blocks_address=regions[0][0], control_address=regions[1][0]
+            agent_metadata=self._agent.metadata,
+            blocks_address=regions[0][0],
+            control_address=regions[1][0],
+            only_rdma=use is NixlUse.RDMA,
         )
 
     def close(self) -> None:
@@ -160,11 +164,13 @@ class NixlReader:
         teardown_s: float = TEARDOWN_S,
         make_agent: OpenAgent = open_agent,
         end_process: Callable[[str], None] = _end_process,
+        use: NixlUse = NixlUse.ANY,
     ) -> None:
         """`memory` is all of D's blocks, borrowed for the life of the process. Raises: NixlError."""
         assert memory.nbytes % block_bytes == 0, (memory.nbytes, block_bytes)
         self.block_bytes = block_bytes
         self.threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="nixl-read")
+        self.nixl_use = use
         self.num_agents = 0
         self._name = name
         self._address = address_of(memory)

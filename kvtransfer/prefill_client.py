@@ -45,6 +45,7 @@ from kvtransfer.errors import (
 )
 from kvtransfer.grpc_transport import GrpcBlockTransport
 from kvtransfer.liveness import HEARTBEAT_INTERVAL_S, LivenessMonitor, Verdict
+from kvtransfer.negotiation import AUTO, GRPC, NIXL, SHM, NixlUse, PairFacts, choose_ways
 from kvtransfer.nixl_transport import NixlBlockTransport, NixlReader
 from kvtransfer.protocol import PROTOCOL_VERSION
 from kvtransfer.protocol import baton_pb2 as pb
@@ -78,7 +79,8 @@ class DecodeIdentity:
     layout_fingerprint: str
     block_size: int
     block_bytes: int
-    transports: tuple[str, ...] = ("shm", "grpc")  # in order of preference
+    transports: tuple[str, ...] = (AUTO,)  # in order of preference
+    needs_rdma: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ class PrefillClient:
     ) -> None:
         """`load` is D's own, for its heartbeats. `make_transports` replaces the choice by host (tests).
 
-        `nixl` is needed where the identity's transports name it.
+        `nixl` is this worker's own end of one-sided reads, if it has one.
         """
         self.address = address
         self.ignored: Counter[str] = Counter()
@@ -143,6 +145,11 @@ class PrefillClient:
     def worker(self) -> pb.WorkerInfo | None:
         """Who is at the other end; None while not connected."""
         return self._session.worker if self._session is not None else None
+
+    @property
+    def transport(self) -> str:
+        """The way that KV takes now; empty while not connected."""
+        return self._session.transport if self._session is not None else ""
 
     @property
     def num_transfers(self) -> int:
@@ -263,17 +270,26 @@ class PrefillClient:
                 raise PeerUnusable(f"{what} is {theirs}, here {ours}")
 
     def _transports_for(self, worker: pb.WorkerInfo) -> list[BlockTransport]:
-        usable: list[BlockTransport] = []
-        for name in self._identity.transports:
-            if name == "shm" and worker.shared_memory_socket and worker.host_id == host_id():
-                usable.append(ShmBlockTransport(worker, self._secret))
-            elif name == "nixl" and self._nixl is not None and worker.HasField("nixl"):
-                usable.append(NixlBlockTransport(self.address, worker, self._secret, self._nixl))
-            elif name == "nixl":
-                self._fall_back(name, "not offered by the prefill worker")
-            elif name == "grpc":
-                usable.append(GrpcBlockTransport(self.address, self._secret, self._identity.block_bytes))
-        return usable
+        """What the pair chose, made but not tried yet."""
+        theirs = NixlUse.RDMA if worker.nixl.only_rdma else NixlUse.ANY
+        facts = PairFacts(
+            shares_memory=bool(worker.shared_memory_socket) and worker.host_id == host_id(),
+            decode_nixl=self._nixl.nixl_use if self._nixl is not None else NixlUse.NONE,
+            prefill_nixl=theirs if worker.HasField("nixl") else NixlUse.NONE,
+        )
+        choice = choose_ways(self._identity.transports, self._identity.needs_rdma, facts)
+        for missing in choice.missing:
+            self._fall_back(missing.name, missing.reason)
+        return [self._make(name, worker) for name in choice.ways]
+
+    def _make(self, name: str, worker: pb.WorkerInfo) -> BlockTransport:
+        if name == SHM:
+            return ShmBlockTransport(worker, self._secret)
+        if name == NIXL:
+            assert self._nixl is not None, "chosen where there is no agent"
+            return NixlBlockTransport(self.address, worker, self._secret, self._nixl)
+        assert name == GRPC, name
+        return GrpcBlockTransport(self.address, self._secret, self._identity.block_bytes)
 
     async def _warmed_up(self, transports: Sequence[BlockTransport]) -> list[BlockTransport]:
         """Those that work. A pair is not ready before: the first prompt shall not pay for connections.
@@ -350,6 +366,11 @@ class _Session:
         self._tasks: set[asyncio.Task[None]] = set()  # keeps them referenced
         self._failure = TransferFailure(FailureKind.STREAM_LOST)
         self._is_over = False
+
+    @property
+    def transport(self) -> str:
+        """The best of those that have worked so far."""
+        return self._transports[0].name
 
     @property
     def num_transfers(self) -> int:

@@ -1,4 +1,6 @@
-"""What UCX, the library under NIXL, can use on this machine: `python -m kvtransfer.ucx` prints one resource a line.
+"""What UCX, the library under NIXL, can use on this machine, and what this process lets it use.
+
+`python -m kvtransfer.ucx` prints one resource a line.
 
 NIXL does not tell, and its package has no ucx_info, so the library is asked itself; in a process of its own, for it
 reads the environment once and may abort where a driver is broken.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 import os
 import re
 import subprocess
@@ -15,25 +18,48 @@ import sys
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
-from kvtransfer.nixl_agent import PACKAGES, NixlError
+from kvtransfer import nixl_agent
+from kvtransfer.negotiation import AUTO, NIXL, NixlUse
+from kvtransfer.nixl_agent import NOT_INSTALLED, PACKAGES, NixlError
+
+log = logging.getLogger(__name__)
 
 RDMA_TRANSPORTS = ("rc", "dc", "ud", "srd", "gga")
 """Begin the names of what reads another machine's memory without its processor (rc_verbs, dc_mlx5, ...)."""
 
+_DEVICES = Path("/sys/class/infiniband")
 _ONLY_RDMA = "ib,cuda_copy,self"
 _QUERY_S = 20.0
 _FEATURES_FIELD, _RMA = 1, 2
 
 
-def require_rdma() -> None:
-    """Have UCX use RDMA and nothing else from here on; before the first agent of the process.
+def prepare(transports: Sequence[str], needs_rdma: bool) -> NixlUse:
+    """Decide what this worker's agent may do, and tell UCX; before the first agent of the process.
 
-    Raises: NixlError that names what is missing.
+    Raises: NixlError that names what is missing, where RDMA is needed.
     """
-    refusal = why_no_rdma(resources(), os.environ)
-    if refusal:
+    if not needs_rdma and NIXL in transports:
+        return NixlUse.ANY
+    refusal = _why_no_rdma_here() if needs_rdma or AUTO in transports else "not asked for"
+    if not refusal:
+        os.environ.setdefault("UCX_TLS", _ONLY_RDMA)
+        return NixlUse.RDMA
+    if needs_rdma:
         raise NixlError(f"require_rdma: {refusal}")
-    os.environ.setdefault("UCX_TLS", _ONLY_RDMA)
+    log.debug("no NIXL: %s", refusal)
+    return NixlUse.NONE
+
+
+def _why_no_rdma_here() -> str:
+    """The kernel's list first: asking UCX takes a process of its own, and most machines have no such device."""
+    try:
+        if not nixl_agent.is_available():
+            return NOT_INSTALLED
+        if not _DEVICES.is_dir() or not any(_DEVICES.iterdir()):
+            return f"{_DEVICES} names no RDMA device; UCX sees {', '.join(resources()) or 'nothing'}"
+        return why_no_rdma(resources(), os.environ)
+    except NixlError as error:
+        return str(error)
 
 
 def why_no_rdma(found: Sequence[str], environment: MutableMapping[str, str]) -> str:
@@ -66,7 +92,7 @@ def _library() -> Path:
             folder = Path(spec.origin).parents[1] / f"{package}.libs"
             for path in folder.glob("libucp-*.so*"):
                 return path
-    raise NixlError("NIXL is not installed: pip install 'baton-serving[nixl]'")
+    raise NixlError(NOT_INSTALLED)
 
 
 def _print_resources() -> None:

@@ -9,6 +9,7 @@ import logging
 from engine.config import DEFAULT_CHUNK_SIZE
 from engine.worker import KV_DTYPE
 from kvtransfer import rpc, ucx
+from kvtransfer.negotiation import AUTO, SHM, NixlUse
 from kvtransfer.nixl_transport import NixlMemory
 from kvtransfer.prefill_server import PrefillServer
 from kvtransfer.prefill_side import HeldTokens, PrefillLimits
@@ -50,9 +51,8 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
         else BlockSource(replica.kv.buffer, identity.block_bytes, process.boot_id)
     )
     shared = ShmBlockServer(source, replica.kv.fd, process.secret) if offers_shared_memory(config) else None
-    if config.require_rdma:
-        ucx.require_rdma()
-    nixl = NixlMemory(source) if "nixl" in config.transports else None
+    use = ucx.prepare(config.transports, config.require_rdma)
+    nixl = NixlMemory(source, use) if use is not NixlUse.NONE else None
     info = process.describe(replica, await shared.start() if shared else "", nixl.info if nixl else None)
     limits = PrefillLimits(max_prompt_tokens=identity.max_model_len, max_tickets=config.max_num_requests)
     server = PrefillServer(info, backend, source, limits, HeldTokens(config.max_held_tokens))
@@ -92,7 +92,7 @@ def step_tokens(config: PrefillConfig) -> int:
 
 
 def offers_shared_memory(config: PrefillConfig) -> bool:
-    return "shm" in config.transports and is_available()
+    return bool({AUTO, SHM} & set(config.transports)) and is_available()
 
 
 async def _drain(server: PrefillServer, patience_s: float) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,7 @@ class HealthState:
         self.detail = ""
         self.stalled = False
         self.phase_seconds: dict[str, float] = {}
+        self.facts: Callable[[], Mapping[str, object]] = dict  # what else a process tells of itself
 
     @property
     def phase(self) -> str:
@@ -127,6 +128,7 @@ class HealthState:
             "percent": self.percent,
             "elapsed_seconds": round(self._clock() - self._started_at, 3),
         }
+        body |= self.facts()
         if self.stalled:
             body["detail"] = "work is pending and no step has been made"
         if self.detail:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvtransfer.auth import Secret
+from kvtransfer.negotiation import AUTO, WAYS, check_ways
 from registry.config import RegistryConfig
 from registry.entry import is_revision, is_worker_id
 from registry.keeper import LEASE_S
-from servicekit.config import option, parse_address, parse_bytes, power_of_two
+from servicekit.config import ConfigError, option, parse_address, parse_bytes, power_of_two
 from servicekit.lifecycle import read_secret
 
 
@@ -67,15 +68,19 @@ class WorkerConfig(RegistryConfig):
     max_num_requests: int = option(1024, help="requests taken at once; more are refused", minimum=1, maximum=1 << 20)
     prefix_caching: bool = option(True, help="keep finished blocks for prompts that begin alike")
     transports: tuple[str, ...] = option(
-        ("shm", "grpc"), help="ways to move KV, best first; nixl needs the extra nixl", choices=("shm", "grpc", "nixl")
+        (AUTO,), help="ways to move KV, best first; auto: nixl over RDMA, else shm, else grpc", choices=WAYS
     )
-    require_rdma: bool = option(False, help="refuse to start unless NIXL can use RDMA, and use nothing else")
+    require_rdma: bool = option(False, help="refuse to start unless NIXL can use RDMA; KV never goes over TCP")
 
     # the end, and the logs
     drain_s: float = option(30.0, help="longest a drain waits for running requests", minimum=0, maximum=3600)
     log_level: str = option("info", help="least level logged", choices=("debug", "info", "warning", "error"))
     log_format: str = option("json", help="shape of log lines", choices=("json", "text"))
     failpoints: tuple[str, ...] = option((), help="chaos tests only: faults on demand, name=k,...")
+
+    def __post_init__(self) -> None:
+        if wrong := check_ways(self.transports, self.require_rdma):
+            raise ConfigError(wrong)
 
     @property
     def served_model_id(self) -> str:

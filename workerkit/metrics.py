@@ -203,9 +203,22 @@ class DecodeQueueMetrics:
             ("transport",),
         )
         self._num_transport_fallbacks: dict[str, int] = {}
+        self._pairs = metrics.gauge(
+            "baton_transport_pairs", "Prefill workers that are connected, by the way KV comes.", ("transport",)
+        )
+        self._ways_seen: set[str] = set()
         self.ignored = IgnoredMessages(metrics)
 
-    def update(self, load: LoadFacts, ignored: Mapping[str, int], transport_fallbacks: Mapping[str, int]) -> None:
+    def update(
+        self,
+        load: LoadFacts,
+        ignored: Mapping[str, int],
+        transport_fallbacks: Mapping[str, int],
+        transports: Mapping[str, int],
+    ) -> None:
+        self._ways_seen |= set(transports)
+        for transport in self._ways_seen:
+            self._pairs.labels(transport=transport).set(transports.get(transport, 0))
         for transport, total in transport_fallbacks.items():
             num_new = total - self._num_transport_fallbacks.get(transport, 0)
             self._transport_fallbacks.labels(transport=transport).inc(num_new)

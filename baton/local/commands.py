@@ -90,7 +90,7 @@ def find_run(name: str | None, *, also_ended: bool = False) -> RunDir:
 
 def render_table(views: tuple[ProcessView, ...]) -> str:
     """Columns as wide as their content."""
-    header = ("PROCESS", "STATE", "PID", "UPTIME", "RESTARTS", "THREADS", "KV", "HTTP")
+    header = ("PROCESS", "STATE", "PID", "UPTIME", "RESTARTS", "THREADS", "KV", "TRANSPORT", "HTTP")
     rows = [header, *(_row(view) for view in views)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     return "\n".join(
@@ -111,6 +111,7 @@ def _row(view: ProcessView) -> tuple[str, ...]:
         str(view.num_restarts),
         str(view.threads or "-"),
         f"{view.kv_bytes / 2**20:,.0f} MiB" if view.kv_bytes else "-",
+        ", ".join(view.transports) or "-",
         view.http or "-",
     )
 

@@ -47,6 +47,7 @@ class ProcessView:
     percent: float
     threads: int | None
     kv_bytes: int | None
+    transports: tuple[str, ...]
     http: str
     log: str
 
@@ -131,7 +132,7 @@ def send_command(run: RunDir, command: Command, *, timeout_s: float) -> Reply:
     if not line:
         raise ControlError(f"service {run.name!r} ended before it answered; see {run.logs}")
     fields: dict[str, Any] = json.loads(line)
-    views = tuple(ProcessView(**view) for view in fields.pop("processes"))
+    views = tuple(ProcessView(**view | {"transports": tuple(view["transports"])}) for view in fields.pop("processes"))
     reply = Reply(**fields, processes=views)
     if reply.error:
         raise ControlError(reply.error)

@@ -225,6 +225,7 @@ def worker_spec(
     arguments += _stated("--max-num-seqs", spec.engine.max_num_seqs)
     arguments += _stated("--max-num-batched-tokens", spec.engine.max_batched_tokens)
     arguments += ["--deterministic"] if spec.deterministic else []
+    arguments += spec.worker_transfer_flags
     if role is Role.DECODE:
         arguments += ["--disaggregation", spec.disaggregation.value.lower()]
     return ProcessSpec(worker_id, role, role.module, tuple(arguments), share)

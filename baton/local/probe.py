@@ -19,6 +19,7 @@ class Health:
     state: str = ""
     phase: str = ""
     percent: float = 0.0
+    transports: tuple[str, ...] = ()  # the ways by which KV comes to this worker, most pairs first
 
 
 def ask_health(address: str, probe: str, *, timeout_s: float) -> Health | None:
@@ -39,7 +40,13 @@ def ask_health(address: str, probe: str, *, timeout_s: float) -> Health | None:
         state=str(fields.get("state", "")),
         phase=str(fields.get("phase", "")),
         percent=float(fields.get("percent") or 0.0),
+        transports=_ways(fields.get("transports")),
     )
+
+
+def _ways(pairs: object) -> tuple[str, ...]:
+    counts = cast("dict[str, int]", pairs) if isinstance(pairs, dict) else {}
+    return tuple(sorted(counts, key=lambda way: (-counts[way], way)))
 
 
 def ask_connected_workers(address: str, *, timeout_s: float) -> dict[str, int]:

@@ -124,6 +124,7 @@ class ManagedProcess:
         while num_refused < MAX_REFUSED_PROBES:
             await asyncio.sleep(LIVENESS_POLL_S)
             health = await self._ask("/livez")
+            self._health = health or self._health
             # No answer at all is no verdict: two busy cores can hold a probe up for seconds.
             num_refused = num_refused + 1 if health is not None and not health.is_good else 0
         self._say(f"{self.spec.worker_id} says that its work stands still ({MAX_REFUSED_PROBES} x /livez): killing it")
@@ -170,6 +171,7 @@ class ManagedProcess:
             percent=100.0 if self.state is ProcessState.READY else self._health.percent,
             threads=share.threads if share else None,
             kv_bytes=share.kv_bytes if share else None,
+            transports=self._health.transports if self.state is ProcessState.READY else (),
             http=self.address,
             log=str(self._run.log_of(self.spec.worker_id)),
         )

@@ -32,6 +32,7 @@ from baton_operator.objects import (
     REVISION_LABEL,
     ROLES,
     SERVICE_LABEL,
+    UCX_PORTS,
     Desired,
     DesiredPool,
     Manifest,
@@ -149,6 +150,8 @@ class _Maker:
             "resources": _resources(pool.resources, _WORKER_DEFAULTS),
             **_probes(HEALTH_PORT),
         }
+        if self.spec.uses_ucx_ports:  # the only ones that the network policy leaves open
+            container["env"].append({"name": "UCX_TCP_PORT_RANGE", "value": "{}-{}".format(*UCX_PORTS)})
         container["env"] = _merged_env(overrides.env, container["env"])
         pod = self._pod("worker", container, init=self._fetches(container["image"]))
         pod |= _present(
@@ -198,6 +201,7 @@ class _Maker:
             *_stated("--max-num-batched-tokens", engine.max_batched_tokens),
             *(["--deterministic"] if self.spec.deterministic else []),
             *(["--disaggregation", self.spec.disaggregation.lower()] if role == "decode" else []),
+            *self.spec.worker_transfer_flags,
         ]  # fmt: skip
 
     def _worker_image(self, pool: Pool) -> str:
@@ -428,15 +432,17 @@ class _Maker:
             ],
             egress=[to_workers, *outward],
         )
+        between_workers = [_tcp(GRPC_PORT), *([_tcp(*UCX_PORTS)] if self.spec.uses_ucx_ports else [])]
         for role in ROLES:
             yield self._policy(
                 role,
                 self.selector(role),
                 ingress=[
-                    {"from": [self._peer("gateway"), *workers], "ports": [_tcp(GRPC_PORT)]},
+                    {"from": [self._peer("gateway")], "ports": [_tcp(GRPC_PORT)]},
+                    {"from": workers, "ports": between_workers},
                     {"from": [{"namespaceSelector": {}}], "ports": [_tcp(HEALTH_PORT)]},  # whoever collects metrics
                 ],
-                egress=[to_workers, *outward],
+                egress=[{"to": workers, "ports": between_workers}, *outward],
             )
         if self.spec.redis.mode is RedisMode.MANAGED:
             members = [self._peer("gateway"), *workers]
@@ -621,8 +627,8 @@ def _service_port(name: str, number: int) -> Object:
     return {"name": name, "port": number, "targetPort": number, "protocol": "TCP"}
 
 
-def _tcp(number: int) -> Object:
-    return {"protocol": "TCP", "port": number}
+def _tcp(number: int, last: int | None = None) -> Object:
+    return {"protocol": "TCP", "port": number, **_present(endPort=last)}
 
 
 def _dns() -> list[Object]:

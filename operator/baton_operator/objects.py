@@ -31,6 +31,9 @@ INTERNAL_PORT = 8001
 GRPC_PORT = 7000
 HEALTH_PORT = 7001
 REDIS_PORT = 6379
+UCX_PORTS = (7100, 7199)
+"""First and last of the TCP ports at which a worker's memory is read where NIXL may use TCP."""
+
 DRAIN_S = 30
 """What running requests have to finish when a pod is stopped."""
 

@@ -112,6 +112,14 @@ class Disaggregation(StrEnum):
     NEVER = "Never"
 
 
+class Transfer(StrEnum):
+    """How KV gets from a prefill worker to a decode worker."""
+
+    AUTO = "auto"
+    GRPC = "grpc"
+    NIXL = "nixl"
+
+
 class Autoscaling(StrEnum):
     """Who sets the size of a pool that states no replicas. Not `Off`: YAML reads that word as false."""
 
@@ -483,12 +491,26 @@ class Redis(_Part):
         return self
 
 
+_RDMA_OVER_GRPC = "requireRDMA is true, but transfer grpc is TCP; choose transfer nixl or auto"
+
+
 class LLMServiceSpec(_Part):
     model: Model = Field(default=Model(), description="what is served")
     pools: Pools = Field(default=Pools(), description="the workers")
     disaggregation: Disaggregation = Field(
         default=Disaggregation.AUTO,
         description="Auto: decided per request; Always: by a prefill worker; Never: by the decode worker",
+    )
+    transfer: Transfer = Field(
+        default=Transfer.AUTO,
+        description="how KV moves, settled by each pair of workers. auto: NIXL where both have RDMA devices, else "
+        "shared memory on one host, else gRPC. grpc, nixl: that and nothing else; without requireRDMA NIXL may use "
+        "TCP, which proves no identity",
+    )
+    require_rdma: bool = Field(
+        default=False,
+        alias="requireRDMA",
+        description="workers refuse to start without RDMA, and KV never goes over TCP; with transfer nixl or auto",
     )
     deterministic: bool = Field(
         default=False, description="same seed, same bytes, whatever else runs and whatever fails"
@@ -518,12 +540,24 @@ class LLMServiceSpec(_Part):
             "has(self.pools.prefill.min) ? self.pools.prefill.min : 1) >= 1",
             "disaggregation is Always, but pools.prefill.replicas or min is 0; give at least 1 or choose Auto or Never",
         ),
+        CelRule("!self.requireRDMA || self.transfer != 'grpc'", _RDMA_OVER_GRPC),
         CelRule(
             "self.autoscaling != 'Fixed' || (!has(self.pools.prefill.min) && !has(self.pools.prefill.max) "
             "&& !has(self.pools.decode.min) && !has(self.pools.decode.max))",
             "autoscaling is Fixed, so state replicas of the pools, not min or max",
         ),
     )
+
+    @property
+    def worker_transfer_flags(self) -> tuple[str, ...]:
+        """What both kinds of workers are told. Nothing for `auto`: it is their own default."""
+        ways = () if self.transfer is Transfer.AUTO else ("--transports", self.transfer.value)
+        return (*ways, *(("--require-rdma",) if self.require_rdma else ()))
+
+    @property
+    def uses_ucx_ports(self) -> bool:
+        """Whether UCX may open TCP ports of its own at the workers."""
+        return self.transfer is Transfer.NIXL and not self.require_rdma
 
     @model_validator(mode="after")
     def _check_pools(self) -> Self:
@@ -535,6 +569,8 @@ class LLMServiceSpec(_Part):
             raise ValueError(
                 f"disaggregation is Always, but pools.prefill.{stated} is 0; give at least 1 or choose Auto or Never"
             )
+        if self.require_rdma and self.transfer is Transfer.GRPC:
+            raise ValueError(_RDMA_OVER_GRPC)
         bounded = [pool for pool in (self.pools.prefill, self.pools.decode) if (pool.min, pool.max) != (None, None)]
         if self.autoscaling is Autoscaling.FIXED and bounded:
             raise ValueError("autoscaling is Fixed, so state replicas of the pools, not min or max")

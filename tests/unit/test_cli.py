@@ -29,9 +29,15 @@ def view(worker_id: str, state: str = "ready", **other: object) -> ProcessView:
     fields: dict[str, object] = {
         "worker_id": worker_id, "role": worker_id.partition("-")[0], "state": state, "pid": 7, "uptime_s": 3.2,
         "num_restarts": 0, "phase": "", "percent": 100.0, "threads": 1, "kv_bytes": 512 * MIB, "http": "127.0.0.1:1",
-        "log": "",
+        "transports": (), "log": "",
     }  # fmt: skip
     return ProcessView(**(fields | other))  # pyright: ignore[reportArgumentType]
+
+
+def test_ps_shows_by_which_ways_kv_comes_to_a_worker() -> None:
+    table = commands.render_table((view("prefill-0"), view("decode-0", transports=("nixl", "grpc"))))
+    assert "TRANSPORT" in table.splitlines()[0]
+    assert "nixl, grpc" in table.splitlines()[2]
 
 
 def test_help_lists_every_command() -> None:
@@ -83,8 +89,8 @@ def test_the_table_has_one_row_a_process_and_says_what_a_starting_one_does() -> 
         (view("gateway", threads=None, kv_bytes=None), view("decode-0", "starting", phase="weights", percent=40.0))
     )
     header, gateway, decode = table.splitlines()
-    assert header.split() == ["PROCESS", "STATE", "PID", "UPTIME", "RESTARTS", "THREADS", "KV", "HTTP"]
-    assert gateway.split() == ["gateway", "ready", "7", "3", "s", "0", "-", "-", "127.0.0.1:1"]
+    assert header.split() == ["PROCESS", "STATE", "PID", "UPTIME", "RESTARTS", "THREADS", "KV", "TRANSPORT", "HTTP"]
+    assert gateway.split() == ["gateway", "ready", "7", "3", "s", "0", "-", "-", "-", "127.0.0.1:1"]
     assert "starting: weights 40%" in decode
     assert "512 MiB" in decode
 

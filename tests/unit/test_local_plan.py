@@ -150,6 +150,7 @@ def test_what_the_service_leaves_open_is_the_processes_own_default() -> None:
     worker = flags(by_id(plan())["decode-0"])
     assert "--block-size" not in worker
     assert "--deterministic" not in worker
+    assert "--transports" not in worker
     gateway = flags(by_id(plan())["gateway"])
     assert "--api-key-file" not in gateway
     assert "--ttft-objective" not in gateway
@@ -160,6 +161,8 @@ def test_every_stated_field_reaches_the_processes_that_read_it() -> None:
         plan(
             deterministic=True,
             disaggregation="Always",
+            transfer="nixl",
+            requireRDMA=True,
             objectives={"ttft": "750ms"},
             gateway={
                 "host": "0.0.0.0", "port": 9000, "apiKeysFile": "keys", "maxQueueRequests": 7, "maxQueueTokens": 8,
@@ -186,6 +189,8 @@ def test_every_stated_field_reaches_the_processes_that_read_it() -> None:
         assert worker["--max-num-seqs"] == "9"
         assert worker["--max-num-batched-tokens"] == "256"
         assert worker["--dtype"] == "bfloat16"
+        assert worker["--transports"] == "nixl"
+        assert "--require-rdma" in worker
         assert "--no-prefix-caching" in worker
     assert all("--deterministic" in part for part in (gateway, prefill, decode))
 

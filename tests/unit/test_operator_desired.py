@@ -79,7 +79,7 @@ CHANGES: dict[str, Any] = {
     "redis.mode": "None", "redis.urlSecret": "other",
     "image.gateway": "g@sha256:1", "image.worker": "w@sha256:2", "image.pullPolicy": "Always",
     "image.pullSecrets": ["pull"],
-    "networkPolicies": False,
+    "networkPolicies": False, "transfer": "nixl", "requireRDMA": True,
 }  # fmt: skip
 # What a field needs beside it to mean something.
 BESIDE: dict[str, dict[str, Any]] = {
@@ -152,7 +152,9 @@ def test_what_does_not_shape_worker_pods_keeps_the_revision(path: str) -> None:
     assert desired(spec_of({path: CHANGES[path]})).revision == desired().revision
 
 
-@pytest.mark.parametrize("path", ["image.worker", "engine.blockSize", "pools.prefill.threads", "deterministic"])
+@pytest.mark.parametrize(
+    "path", ["image.worker", "engine.blockSize", "pools.prefill.threads", "deterministic", "transfer"]
+)
 def test_what_shapes_workers_of_either_pool_makes_one_new_revision_for_both(path: str) -> None:
     before, after = desired(), desired(spec_of({path: CHANGES[path]}))
     assert before.revision != after.revision
@@ -239,7 +241,18 @@ def test_every_flag_is_known_to_the_process_that_gets_it() -> None:
         {
             path: value
             for path, value in CHANGES.items()
-            if path.startswith(("engine.", "deterministic", "disagg", "objectives", "gateway.max", "gateway.auth"))
+            if path.startswith(
+                (
+                    "engine.",
+                    "deterministic",
+                    "disagg",
+                    "objectives",
+                    "gateway.max",
+                    "gateway.auth",
+                    "transfer",
+                    "require",
+                )
+            )
             or path.endswith((".threads", ".kvMemory"))
         }
     )
@@ -350,6 +363,26 @@ def test_a_model_on_disk_needs_no_way_out() -> None:
     found = by_name(desired({"model": {"source": "/opt/model"}, "redis": {"mode": "None"}}))
     rules = found["NetworkPolicy/chat-decode"]["spec"]["egress"]
     assert sorted({port["port"] for rule in rules for port in rule["ports"]}) == [53, 7000]
+
+
+def test_the_ports_of_ucx_are_open_between_workers_only_where_nixl_may_use_tcp() -> None:
+    for spec, is_open in (
+        ({}, False), ({"transfer": "grpc"}, False), ({"requireRDMA": True}, False),
+        ({"transfer": "nixl", "requireRDMA": True}, False), ({"transfer": "nixl"}, True),
+    ):  # fmt: skip
+        found = desired(spec)
+        ranges = {
+            (policy["metadata"]["name"], direction, str(rule.get("from", rule.get("to"))).count("decode"))
+            for policy in found.manifests
+            if policy["kind"] == "NetworkPolicy"
+            for direction in ("ingress", "egress")
+            for rule in policy["spec"].get(direction, ())
+            if {"protocol": "TCP", "port": 7100, "endPort": 7199} in rule.get("ports", ())
+        }
+        both = {(f"chat-{role}", direction, 1) for role in ("prefill", "decode") for direction in ("ingress", "egress")}
+        assert ranges == (both if is_open else set()), spec
+        told = {variable["name"]: variable.get("value") for variable in worker(found, "decode")["containers"][0]["env"]}
+        assert told.get("UCX_TCP_PORT_RANGE") == ("7100-7199" if is_open else None), spec
 
 
 def test_the_internal_port_is_not_on_the_service_that_may_be_public() -> None:

@@ -191,6 +191,8 @@ def test_a_live_object_is_read_without_what_the_api_server_added() -> None:
         ({"pools": {"decode": {"min": 0}}}, "pools.decode.min is 0"),
         ({"disaggregation": "Always", "pools": {"prefill": {"min": 0}}}, "pools.prefill.min is 0"),
         ({"autoscaling": "Fixed", "pools": {"prefill": {"max": 4}}}, "state replicas of the pools, not min or max"),
+        ({"transfer": "grpc", "requireRDMA": True}, "requireRDMA is true, but transfer grpc is TCP"),
+        ({"transfer": "tcp"}, "spec.transfer = 'tcp' is not known; use 'auto', 'grpc' or 'nixl'"),
         ({"model": {"source": "smollm2", "claimName": "weights"}}, "must be a path that begins with /models/"),
         ({"redis": {"mode": "External"}}, "redis.mode External needs redis.urlSecret"),
         ({"redis": {"urlSecret": "redis"}}, "redis.mode External needs redis.urlSecret"),
