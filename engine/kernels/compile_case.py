@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -42,3 +42,8 @@ class CompileConfig:
     num_warps: int = 4
     num_stages: int = 2
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def with_constants(config: CompileConfig, **constants: Any) -> CompileConfig:
+    """The tile of a launcher together with what its caller's tensors decide."""
+    return replace(config, constants={**config.constants, **constants})

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from engine.kernels.activation.triton import gated_kernel, soft_cap_kernel
 from engine.kernels.arch import INTERPRETER, arch_of, next_power_of_2
-from engine.kernels.compile_case import CompileConfig
+from engine.kernels.compile_case import CompileCase, CompileConfig, with_constants
+from engine.kernels.shipped import SHIPPED, ModelShape
 
 
 class Activation(IntEnum):
@@ -69,3 +70,44 @@ def _gated(gate_up: Tensor, y: Tensor, activation: Activation) -> None:
         num_warps=config.num_warps,
         **config.constants,
     )
+
+
+def _gated_case(model: ModelShape, activation: Activation) -> CompileCase:
+    return CompileCase(
+        name=f"{activation.name.lower()}_mul",
+        kernel=lambda: gated_kernel,
+        shape=f"{model.name} rows of 2 x {model.ffn} bf16",
+        signature={"gate_up": "*bf16", "y": "*bf16", "num_rows": "i32", "gate_up_stride": "i32", "y_stride": "i32"},
+        aligned=("gate_up", "y", "gate_up_stride", "y_stride"),
+        config=lambda arch: with_constants(tile_config(arch, model.ffn), ACTIVATION=int(activation)),
+        flops=(5 if activation is Activation.SILU else 20) * 1024,
+        bytes=3 * 2 * 1024,
+        programs_per_sm=8,
+    )
+
+
+def _soft_cap_case(model: ModelShape) -> CompileCase:
+    return CompileCase(
+        name="soft_cap",
+        kernel=lambda: soft_cap_kernel,
+        shape=f"{model.name} rows of {model.vocab} fp32",
+        signature={
+            "x": "*fp32",
+            "y": "*fp32",
+            **dict.fromkeys(("num_rows", "x_stride", "y_stride"), "i32"),
+            "cap": "fp32",
+        },
+        aligned=("x", "y", "x_stride", "y_stride"),
+        config=lambda arch: tile_config(arch, model.vocab),
+        flops=20 * 1024,
+        bytes=2 * 4 * 1024,
+        programs_per_sm=8,
+    )
+
+
+COMPILE_CASES = (
+    *(_gated_case(model, Activation.SILU) for model in SHIPPED),
+    _gated_case(SHIPPED[0], Activation.GELU_TANH),
+    _gated_case(SHIPPED[0], Activation.GELU_ERF),
+    _soft_cap_case(SHIPPED[0]),
+)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from engine.kernels.arch import INTERPRETER, arch_of
 from engine.kernels.block_digest.triton import finish_digest_kernel, partial_digest_kernel
-from engine.kernels.compile_case import CompileConfig
+from engine.kernels.compile_case import CompileCase, CompileConfig, with_constants
+from engine.kernels.shipped import SHIPPED, ModelShape
 
 DIGEST_BYTES = 16
 
@@ -65,3 +66,50 @@ def _words(blocks: Tensor) -> tuple[Tensor, int]:
         raise ValueError(f"blocks of {num_bytes} bytes at {blocks.data_ptr():#x}: expected multiples of 8")
     rows = blocks.view(blocks.shape[0], -1) if blocks.is_contiguous() else blocks.flatten(1)
     return rows.view(torch.int64), num_bytes // 8
+
+
+def _words_per_block(model: ModelShape) -> tuple[int, int]:
+    """64-bit words of a block of 16 tokens in one byte per number, and of its scales."""
+    rows = model.kv_heads * model.num_layers * 2 * 16
+    return rows * model.head_dim // 8, rows * 4 // 8
+
+
+def _partial_case(model: ModelShape) -> CompileCase:
+    num_words, num_scale_words = _words_per_block(model)
+    return CompileCase(
+        name="partial_digest",
+        kernel=lambda: partial_digest_kernel,
+        shape=f"{model.name} blocks of 16, {8 * num_words} + {8 * num_scale_words} bytes",
+        signature={
+            "words": "*i64",
+            "scale_words": "*i64",
+            "block_ids": "*i32",
+            "partials": "*i64",
+            "block_stride": "i32",
+            "scale_stride": "i32",
+        },
+        aligned=("words", "scale_words", "partials", "block_stride", "scale_stride"),
+        config=lambda arch: with_constants(tile_config(arch), NUM_WORDS=num_words, NUM_SCALE_WORDS=num_scale_words),
+        flops=20 * tile_config(80).constants["TILE"],
+        bytes=8 * tile_config(80).constants["TILE"],
+        programs_per_sm=8,
+    )
+
+
+def _finish_case(model: ModelShape) -> CompileCase:
+    num_words, num_scale_words = _words_per_block(model)
+    constants = {"NUM_WORDS": num_words, "NUM_SCALE_WORDS": num_scale_words, "TILE": 128}
+    return CompileCase(
+        name="finish_digest",
+        kernel=lambda: finish_digest_kernel,
+        shape=f"{model.name} blocks of 16",
+        signature={"partials": "*i64", "digests": "*i64", "num_chunks": "i32"},
+        aligned=("partials", "digests"),
+        config=lambda arch: CompileConfig(constants=constants),
+        flops=2 * 128,
+        bytes=2 * 8 * 128,
+        vector_loads=False,
+    )
+
+
+COMPILE_CASES = (*map(_partial_case, SHIPPED), _finish_case(SHIPPED[0]))

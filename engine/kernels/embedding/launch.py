@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from engine.kernels.arch import INTERPRETER, arch_of, next_power_of_2
-from engine.kernels.compile_case import CompileConfig
+from engine.kernels.compile_case import CompileCase, CompileConfig
 from engine.kernels.embedding.triton import embed_kernel
+from engine.kernels.shipped import SHIPPED, ModelShape
 
 
 def tile_config(arch: int, n: int) -> CompileConfig:
@@ -40,3 +41,25 @@ def embed(token_ids: Tensor, weight: Tensor, y: Tensor) -> None:
         num_warps=config.num_warps,
         **config.constants,
     )
+
+
+def _case(model: ModelShape) -> CompileCase:
+    return CompileCase(
+        name="embed",
+        kernel=lambda: embed_kernel,
+        shape=f"{model.name} rows of {model.hidden} bf16",
+        signature={
+            "token_ids": "*i32",
+            "weight": "*bf16",
+            "y": "*bf16",
+            **dict.fromkeys(("num_tokens", "weight_stride", "y_stride"), "i32"),
+        },
+        aligned=("token_ids", "weight", "y", "weight_stride", "y_stride"),
+        config=lambda arch: tile_config(arch, model.hidden),
+        flops=0,
+        bytes=2 * 2 * min(1024, model.hidden),
+        programs_per_sm=8,
+    )
+
+
+COMPILE_CASES = tuple(map(_case, SHIPPED))

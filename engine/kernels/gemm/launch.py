@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.arch import INTERPRETER, arch_of
-from engine.kernels.compile_case import CompileConfig
+from engine.kernels.compile_case import CompileCase, CompileConfig, with_constants
 from engine.kernels.gemm.triton import gemm_kernel
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -60,3 +60,32 @@ def gemm(x: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None = None, resid
         num_stages=config.num_stages,
         **config.constants,
     )
+
+
+def _case(extra: str) -> CompileCase:
+    constants = {
+        "HAS_BIAS": extra == "bias",
+        "HAS_RESIDUAL": extra == "residual",
+        **{name: None for name in ("bias", "residual") if name != extra},
+    }
+    types = {
+        **dict.fromkeys(("x", "weight", "y", "bias", "residual"), "*bf16"),
+        **dict.fromkeys(("m", "n", "k", "x_stride", "weight_stride", "y_stride", "residual_stride"), "i32"),
+    }
+    tile = tile_config(90).constants
+    size_m, size_n, size_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    return CompileCase(
+        name=f"gemm{'_' + extra if extra else ''}",
+        kernel=lambda: gemm_kernel,
+        shape=f"{size_m} x {size_n} x {size_k} bf16, every layer of every model",
+        signature={name: kind for name, kind in types.items() if name not in constants},
+        aligned=tuple(name for name in types if name not in (*constants, "m")),
+        config=lambda arch: with_constants(tile_config(arch), **constants),
+        flops=2 * size_m * size_n * size_k,
+        bytes=2 * (size_m + size_n) * size_k,
+        has_dot=True,
+        programs_per_sm=2,
+    )
+
+
+COMPILE_CASES = (_case(""), _case("bias"), _case("residual"))

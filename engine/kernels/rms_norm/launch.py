@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from engine.kernels.arch import INTERPRETER, arch_of, next_power_of_2
-from engine.kernels.compile_case import CompileConfig
+from engine.kernels.compile_case import CompileCase, CompileConfig, with_constants
 from engine.kernels.rms_norm.triton import add_rms_norm_kernel, rms_norm_kernel
+from engine.kernels.shipped import SHIPPED, ModelShape
 
 MAX_WIDTH = 1 << 15
 """A row is held in the registers of one program."""
@@ -80,3 +81,41 @@ def _check_rows(x: Tensor, weight: Tensor, y: Tensor) -> None:
         raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, y {tuple(y.shape)} do not fit")
     if n > MAX_WIDTH:
         raise ValueError(f"rows of {n} numbers: at most {MAX_WIDTH} fit the registers of one program")
+
+
+def _norm_case(model: ModelShape) -> CompileCase:
+    return CompileCase(
+        name="rms_norm",
+        kernel=lambda: rms_norm_kernel,
+        shape=f"{model.name} rows of {model.hidden} bf16",
+        signature={
+            **dict.fromkeys(("x", "weight", "y"), "*bf16"),
+            **dict.fromkeys(("num_rows", "x_stride", "y_stride"), "i32"),
+            "epsilon": "fp32",
+        },
+        aligned=("x", "weight", "y", "x_stride", "y_stride"),
+        config=lambda arch: with_constants(tile_config(arch, model.hidden), rows=None, GATHER=False),
+        flops=4 * model.hidden,
+        bytes=3 * 2 * model.hidden,
+    )
+
+
+def _add_norm_case(model: ModelShape) -> CompileCase:
+    return CompileCase(
+        name="add_rms_norm",
+        kernel=lambda: add_rms_norm_kernel,
+        shape=f"{model.name} rows of {model.hidden} bf16",
+        signature={
+            **dict.fromkeys(("x", "residual", "weight", "y"), "*bf16"),
+            **dict.fromkeys(("num_rows", "x_stride", "residual_stride", "y_stride"), "i32"),
+            "epsilon": "fp32",
+        },
+        aligned=("x", "residual", "weight", "y", "x_stride", "residual_stride", "y_stride"),
+        config=lambda arch: tile_config(arch, model.hidden),
+        flops=5 * model.hidden,
+        bytes=5 * 2 * model.hidden,
+        programs_per_sm=2,
+    )
+
+
+COMPILE_CASES = (*map(_norm_case, SHIPPED), *map(_add_norm_case, SHIPPED))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from engine.kernels.arch import INTERPRETER, arch_of, next_power_of_2
-from engine.kernels.compile_case import CompileConfig
+from engine.kernels.compile_case import CompileCase, CompileConfig, with_constants
 from engine.kernels.rope.triton import rope_write_kernel
+from engine.kernels.shipped import SHIPPED, ModelShape
 
 
 class KVFormat(IntEnum):
@@ -139,3 +140,55 @@ def _check(
         kv_scales.shape != cache.shape[:5] or kv_scales.dtype != torch.float32 or kv_scales.stride(4) != 1
     ):
         raise ValueError(f"kv_scales {tuple(kv_scales.shape)} {kv_scales.dtype}, expected {tuple(cache.shape[:5])}")
+
+
+_STRIDES = ("qkv_stride", "block_stride", "head_stride", "layer_stride", "kind_stride", "slot_stride")
+_SCALE_STRIDES = ("scale_block_stride", "scale_head_stride", "scale_layer_stride", "scale_kind_stride")
+_CACHE_TYPES = {KVFormat.AS_IS: "*bf16", KVFormat.INT8: "*i8", KVFormat.FP8: "*u8"}
+
+
+def _case(model: ModelShape, kv_format: KVFormat) -> CompileCase:
+    constants = {
+        "HEADS": model.heads,
+        "KV_HEADS": model.kv_heads,
+        "BLOCK_SIZE": 16,
+        "NORM": model.head_norm,
+        "FORMAT": int(kv_format),
+        "LIMIT": LIMITS[kv_format],
+        **({} if model.head_norm else {"q_norm": None, "k_norm": None}),
+        **({"kv_scales": None} if kv_format is KVFormat.AS_IS else {}),
+    }
+    types = {
+        "qkv": "*bf16",
+        "cos": "*fp32",
+        "sin": "*fp32",
+        "positions": "*i32",
+        "slot_mapping": "*i64",
+        "q_norm": "*bf16",
+        "k_norm": "*bf16",
+        "cache": _CACHE_TYPES[kv_format],
+        "kv_scales": "*fp32",
+        "num_tokens": "i32",
+        "layer": "i32",
+        **dict.fromkeys((*_STRIDES, *_SCALE_STRIDES), "i32"),
+        "epsilon": "fp32",
+    }
+    pointers = ("qkv", "cos", "sin", "q_norm", "k_norm", "cache")
+    rows = tile_config(80, model.head_dim).constants["ROWS"]
+    return CompileCase(
+        name="rope_write",
+        kernel=lambda: rope_write_kernel,
+        shape=f"{model.name} {model.heads}/{model.kv_heads} heads of {model.head_dim}, KV {kv_format.name.lower()}",
+        signature={name: kind for name, kind in types.items() if name not in constants},
+        aligned=(*(name for name in pointers if name not in constants), *_STRIDES),
+        config=lambda arch: with_constants(tile_config(arch, model.head_dim), **constants),
+        flops=3 * rows * model.head_dim,
+        bytes=(2 * 2 + 4) * rows * model.head_dim,
+        programs_per_sm=4,
+    )
+
+
+COMPILE_CASES = (
+    *(_case(model, KVFormat.AS_IS) for model in SHIPPED),
+    *(_case(model, kv_format) for model in SHIPPED[:2] for kv_format in (KVFormat.INT8, KVFormat.FP8)),
+)
