@@ -32,16 +32,41 @@ NameOption = Annotated[
 ]
 
 
+class DeviceName(StrEnum):
+    """What `baton up --device` takes."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class KernelsName(StrEnum):
+    """What `baton up --kernels` takes."""
+
+    AUTO = "auto"
+    NATIVE = "native"
+    TRITON = "triton"
+    REFERENCE = "reference"
+
+
 @app.command()
 def up(
     file: FileOption = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="the gateway's port", show_default=False)] = None,
+    device: Annotated[
+        DeviceName | None, typer.Option(help="where workers keep weights and KV", show_default=False)
+    ] = None,
+    kernels: Annotated[
+        KernelsName | None,
+        typer.Option(help="who computes; triton on the cpu is interpreted: a proof, not for speed", show_default=False),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="return once the service answers")] = False,
 ) -> None:
     """Start gateway, prefill and decode workers; Ctrl-C stops them."""
+    from baton.local.service_file import Overrides
     from baton.local.up import start_detached, start_in_foreground
 
-    (start_detached if detach else start_in_foreground)(file, port)
+    (start_detached if detach else start_in_foreground)(file, Overrides(port, device, kernels))
 
 
 @app.command()

@@ -10,7 +10,7 @@ import typer
 import yaml
 
 from baton.local.errors import LocalError
-from baton.local.service_file import load_service
+from baton.local.service_file import Overrides, load_service
 from baton_operator.desired import ALL_APIS, Platform, desire
 from baton_operator.objects import REVISION_LABEL, Desired, Manifest
 from baton_operator.plan import Apply, Step
@@ -38,7 +38,7 @@ def show_plan(file: Path | None, before: Path | None, output: str) -> None:
 
 def _desire(file: Path | None) -> Desired:
     """With every optional API, and the images that the operator takes where a service names none."""
-    return desire(load_service(file, None), Platform(apis=ALL_APIS), uid="", generation=1)
+    return desire(load_service(file, Overrides()), Platform(apis=ALL_APIS), uid="", generation=1)
 
 
 def _head(desired: Desired) -> Iterator[str]:

@@ -31,7 +31,7 @@ from engine.kernels.native.program import Program, StepArrays
 from engine.kv_memory import KVMemory
 from engine.models.weights import SourceTensor
 from engine.request import SamplingParams, Sequence
-from engine.runner import CpuRunner, kv_shape
+from engine.runner import ModelRunner, kv_shape
 from modelfiles.config import ModelConfig
 from modelfiles.read_config import load_config
 from modelfiles.weights import open_weights
@@ -68,7 +68,7 @@ class Ours:
     ) -> None:
         self.block_size = block_size
         self.kv = KVMemory(kv_shape(config, block_size), 16384 // block_size)
-        self.runner = CpuRunner(config, weights, self.kv, num_threads=threads, **options)
+        self.runner = ModelRunner(config, weights, self.kv, num_threads=threads, **options)
         self._vocab = config.vocab_size
 
     def sequences(self, count: int, length: int, room: int) -> list[Sequence]:

@@ -10,7 +10,7 @@ from decode_service.config import DecodeConfig, DisaggregationMode
 from decode_service.faults import FaultyPrefillClient
 from decode_service.placement import Policy
 from decode_service.remote import PrefillPool
-from engine.worker import KV_DTYPE, Replica
+from engine.worker import Replica
 from kvtransfer import rpc, ucx
 from kvtransfer.negotiation import NixlUse
 from kvtransfer.nixl_transport import NixlReader
@@ -38,9 +38,7 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
         return 0
     # 2. The engine on its thread; its steps arrive here.
     identity = replica.identity
-    engine_metrics = EngineMetrics(
-        process.metrics, block_size=identity.block_size, num_blocks=identity.num_blocks, cache_dtype=KV_DTYPE
-    )
+    engine_metrics = EngineMetrics(process.metrics, identity)
     metrics = DecodeQueueMetrics(process.metrics)
     engine = EngineClient(replica.engine)
     # 3. What fetches KV from prefill workers, and what owns the attempts.
@@ -63,7 +61,7 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
         process.engine_failed()
 
     def refresh_metrics() -> None:
-        engine_metrics.update(engine.load, engine.counters)
+        engine_metrics.update(engine.load, engine.counters, replica.attention_calls)
         metrics.update(engine.load, pool.ignored(), pool.fallbacks(), pool.transports())
 
     engine.start(attempts.on_step, on_crash)

@@ -19,16 +19,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """Sizes of a model's KV blocks, float32."""
+    """Sizes of a model's KV blocks, and the type of their numbers by torch's name."""
 
     num_kv_heads: int
     num_layers: int
     block_size: int
     head_dim: int
+    dtype: str = "float32"
 
     @property
     def block_bytes(self) -> int:
-        return self.num_kv_heads * self.num_layers * 2 * self.block_size * self.head_dim * 4
+        item_bytes = getattr(torch, self.dtype).itemsize
+        return self.num_kv_heads * self.num_layers * 2 * self.block_size * self.head_dim * item_bytes
 
 
 class KVMemory:
@@ -46,7 +48,7 @@ class KVMemory:
         self.fd = _anonymous_file(num_blocks * self.block_bytes)
         self._mapping = mmap.mmap(self.fd, num_blocks * self.block_bytes)
         self.buffer = memoryview(self._mapping)
-        self.tensor: Tensor = torch.frombuffer(self._mapping, dtype=torch.float32).view(
+        self.tensor: Tensor = torch.frombuffer(self._mapping, dtype=getattr(torch, shape.dtype)).view(
             num_blocks, shape.num_kv_heads, shape.num_layers, 2, shape.block_size, shape.head_dim
         )
 

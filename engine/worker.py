@@ -1,6 +1,6 @@
 """What prefill and decode workers have in common: one model replica built from a spec, and the fingerprints naming it.
 
-    spec -> metadata -> torch -> weights -> KV memory -> runner -> warm-up -> engine
+    spec -> metadata -> torch -> kernels and device -> weights -> KV memory -> runner -> warm-up -> engine
 
 Knows nothing of gRPC, HTTP or settings. torch is imported inside `load_replica`: a worker answers its probes first.
 """
@@ -11,7 +11,7 @@ import hashlib
 import importlib
 import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
+from engine.dispatch import Device, Dispatch, Kernels, ThisMachine, choose, enter
 from engine.errors import ConfigInvalid
 from engine.messages import EngineRequest
 from engine.request import SamplingParams
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.kv_memory import KVMemory
     from engine.loading.region import PackedRegion
-    from engine.runner import CpuRunner
+    from engine.runner import ModelRunner
     from engine.sizing import HostLimits
     from modelfiles.config import ModelConfig
     from modelfiles.weights import Weights
@@ -48,7 +49,6 @@ class LoadPhase(Enum):
     WARMUP = "warmup"
 
 
-KV_DTYPE = "float32"  # engine/kv_memory.py; --dtype is that of the weights
 WARMUP_TOKENS = 64
 
 OnProgress = Callable[[LoadPhase, float], None]
@@ -60,6 +60,8 @@ class ReplicaSpec:
 
     model: Path
     dtype: str = "float32"
+    kernels: Kernels | None = None
+    device: Device | None = None
     deterministic: bool = False
     max_model_len: int = 0
     num_threads: int = 0
@@ -84,6 +86,9 @@ class ReplicaIdentity:
     block_bytes: int
     num_blocks: int
     max_num_seqs: int
+    kv_dtype: str
+    kernels: Kernels
+    device: Device
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -92,11 +97,15 @@ class ReplicaIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A model that is ready to run: give `engine` to an EngineThread; `kv` is what transports read and write."""
+    """A model that is ready to run: give `engine` to an EngineThread; `kv` is what transports read and write.
+
+    `attention_calls` only grow: how often each attention kernel ran, by name.
+    """
 
     identity: ReplicaIdentity
     engine: Engine
     kv: KVMemory
+    attention_calls: Mapping[str, int]
 
 
 def layout_fingerprint(model_digest: str, kv_dtype: str, block_size: int) -> str:
@@ -136,17 +145,31 @@ def load_replica(spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
     on_progress(LoadPhase.IMPORT_TORCH, 0.0)
     importlib.import_module("engine.runner")  # with the weights shared, the longest phase; so it is told apart
 
+    dispatch = _dispatch(spec)
     on_progress(LoadPhase.LOAD_WEIGHTS, 0.0)
-    packed = _open_packed(config, weights, spec.dtype, digest, partial(on_progress, LoadPhase.LOAD_WEIGHTS))
-    runner, kv = _make_runner(spec, config, weights, packed, limits, num_threads)
+    packed = None
+    if dispatch.kernels is Kernels.NATIVE:
+        packed = _open_packed(config, weights, spec.dtype, digest, partial(on_progress, LoadPhase.LOAD_WEIGHTS))
+    runner, kv = _make_runner(spec, dispatch, config, weights, packed, limits, num_threads)
 
     on_progress(LoadPhase.WARMUP, 0.0)
     max_model_len = _max_model_len(spec, config)
     engine = _make_engine(spec, config, runner, kv.num_blocks, max_model_len, digest)
     _warm_up(engine, min(max_model_len, spec.max_num_batched_tokens))
-    identity = _identify(spec, kv, digest, runner.numerics_fingerprint(), max_model_len)
+    identity = _identify(spec, dispatch, kv, digest, runner.numerics_fingerprint(), max_model_len)
     on_progress(LoadPhase.WARMUP, 1.0)
-    return Replica(identity, engine, kv)
+    return Replica(identity, engine, kv, runner.attention_calls)
+
+
+def _dispatch(spec: ReplicaSpec) -> Dispatch:
+    """Decide, say so, and make Triton ready for it."""
+    dispatch = choose(spec.kernels, spec.device, spec.deterministic, ThisMachine())
+    enter(dispatch)
+    level = logging.WARNING if dispatch.kernels is Kernels.REFERENCE else logging.INFO
+    log.log(level, "kernels: %s on %s: %s", dispatch.kernels, dispatch.device, dispatch.reason)
+    if dispatch.is_interpreted:
+        log.warning("Triton kernels run in Triton's interpreter: that proves them, and is thousands of times slower")
+    return dispatch
 
 
 def _max_model_len(spec: ReplicaSpec, config: ModelConfig) -> int:
@@ -158,35 +181,33 @@ def _max_model_len(spec: ReplicaSpec, config: ModelConfig) -> int:
 
 def _open_packed(
     config: ModelConfig, weights: Weights, dtype: str, digest: str, on_fraction: Callable[[float], None]
-) -> PackedRegion | None:
-    """Weights as the native kernels read them, shared by this host's workers; None where there are no such kernels."""
-    from engine.kernels.native.build import KernelsUnavailable
+) -> PackedRegion:
+    """Weights as the native kernels read them, shared by this host's workers."""
     from engine.kernels.native.library import load_library
     from engine.loading.region import open_region
     from modelfiles.cache import default_cache_dir
 
-    try:
-        library = load_library()
-    except KernelsUnavailable:
-        return None  # the runner says what that means
     cache = default_cache_dir() / "packed"
-    return open_region(config, weights, library, dtype, cache=cache, model_digest=digest, on_fraction=on_fraction)
+    return open_region(
+        config, weights, load_library(), dtype, cache=cache, model_digest=digest, on_fraction=on_fraction
+    )
 
 
 def _make_runner(
     spec: ReplicaSpec,
+    dispatch: Dispatch,
     config: ModelConfig,
     weights: Weights,
     packed: PackedRegion | None,
     limits: HostLimits,
     num_threads: int,
-) -> tuple[CpuRunner, KVMemory]:
+) -> tuple[ModelRunner, KVMemory]:
     """KV memory that fits beside the weights, and what runs batches over both."""
     from engine import sizing
     from engine.kv_memory import KVMemory
-    from engine.runner import CpuRunner, kv_shape
+    from engine.runner import ModelRunner, kv_dtype, kv_shape
 
-    shape = kv_shape(config, spec.block_size)
+    shape = kv_shape(config, spec.block_size, kv_dtype(dispatch.kernels, spec.dtype))
     blocks_per_sequence = -(-_max_model_len(spec, config) // spec.block_size)
     size = sizing.derive_kv_size(
         limits,
@@ -200,10 +221,11 @@ def _make_runner(
     )
     log.info("KV memory: %s", size.explanation, extra={"num_threads": num_threads})
     kv = KVMemory(shape, size.num_blocks)
-    runner = CpuRunner(
+    runner = ModelRunner(
         config,
         weights,
         kv,
+        kernels=dispatch.kernels,
         deterministic=spec.deterministic,
         num_threads=num_threads,
         dtype=spec.dtype,
@@ -252,8 +274,10 @@ def _run_prompt(engine: Engine, key: int, num_tokens: int) -> None:
         engine.step()
 
 
-def _identify(spec: ReplicaSpec, kv: KVMemory, digest: str, numerics: str, max_model_len: int) -> ReplicaIdentity:
-    layout = layout_fingerprint(digest, KV_DTYPE, spec.block_size)
+def _identify(
+    spec: ReplicaSpec, dispatch: Dispatch, kv: KVMemory, digest: str, numerics: str, max_model_len: int
+) -> ReplicaIdentity:
+    layout = layout_fingerprint(digest, kv.shape.dtype, spec.block_size)
     return ReplicaIdentity(
         layout_fingerprint=layout,
         numerics_fingerprint=numerics_fingerprint(layout, numerics, spec.deterministic),
@@ -263,4 +287,7 @@ def _identify(spec: ReplicaSpec, kv: KVMemory, digest: str, numerics: str, max_m
         block_bytes=kv.block_bytes,
         num_blocks=kv.num_blocks,
         max_num_seqs=spec.max_num_seqs,
+        kv_dtype=kv.shape.dtype,
+        kernels=dispatch.kernels,
+        device=dispatch.device,
     )

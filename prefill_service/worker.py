@@ -7,7 +7,6 @@ import contextlib
 import logging
 
 from engine.config import DEFAULT_CHUNK_SIZE
-from engine.worker import KV_DTYPE
 from kvtransfer import rpc, ucx
 from kvtransfer.negotiation import AUTO, SHM, NixlUse
 from kvtransfer.nixl_transport import NixlMemory
@@ -37,9 +36,7 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
         return 0
     # 2. The engine on its thread; its steps arrive here.
     identity = replica.identity
-    engine_metrics = EngineMetrics(
-        process.metrics, block_size=identity.block_size, num_blocks=identity.num_blocks, cache_dtype=KV_DTYPE
-    )
+    engine_metrics = EngineMetrics(process.metrics, identity)
     metrics = PrefillQueueMetrics(process.metrics)
     engine = EngineClient(replica.engine)
     backend = EngineBackend(engine, engine_metrics, process.failpoints)
@@ -63,7 +60,7 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
         process.engine_failed()
 
     def refresh_metrics() -> None:
-        engine_metrics.update(engine.load, engine.counters)
+        engine_metrics.update(engine.load, engine.counters, replica.attention_calls)
         metrics.update(engine.load, server.num_tickets, server.num_event_failures, server.ignored)
 
     engine.start(backend.on_step, on_crash)

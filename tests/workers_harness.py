@@ -23,6 +23,7 @@ import pytest
 from decode_service import worker as decode_worker_module
 from decode_service.config import DecodeConfig
 from engine.config import EngineConfig
+from engine.dispatch import Device, Kernels
 from engine.engine import Engine
 from engine.fake_runner import FakeRunner
 from engine.worker import OnProgress, Replica, ReplicaIdentity, ReplicaSpec, layout_fingerprint
@@ -84,9 +85,19 @@ class FakeModel:
         )
         layout = layout_fingerprint(self.digest, "uint64", BLOCK_SIZE)
         identity = ReplicaIdentity(
-            layout, layout, True, 128, BLOCK_SIZE, runner.block_bytes, self.num_blocks, self.max_num_seqs
+            layout_fingerprint=layout,
+            numerics_fingerprint=layout,
+            deterministic=True,
+            max_model_len=128,
+            block_size=BLOCK_SIZE,
+            block_bytes=runner.block_bytes,
+            num_blocks=self.num_blocks,
+            max_num_seqs=self.max_num_seqs,
+            kv_dtype="uint64",
+            kernels=Kernels.REFERENCE,
+            device=Device.CPU,
         )
-        return Replica(identity, Engine(config, runner), kv)  # type: ignore[arg-type]  # FakeKV has what is used of KVMemory
+        return Replica(identity, Engine(config, runner), kv, {})  # type: ignore[arg-type]  # FakeKV has what is used of KVMemory
 
 
 class _SlowRunner(FakeRunner):

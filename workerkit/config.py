@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.dispatch import Device, Kernels
 from kvtransfer.auth import Secret
 from kvtransfer.negotiation import AUTO, WAYS, check_ways
 from registry.config import RegistryConfig
@@ -16,6 +17,14 @@ from servicekit.lifecycle import read_secret
 
 def _bytes_or_auto(text: str) -> int | None:
     return None if text == "auto" else parse_bytes(text)
+
+
+def _kernels_or_auto(text: str) -> Kernels | None:
+    return None if text == "auto" else Kernels(text)
+
+
+def _device_or_auto(text: str) -> Device | None:
+    return None if text == "auto" else Device(text)
 
 
 def _worker_id(value: str) -> str | None:
@@ -34,6 +43,18 @@ class WorkerConfig(RegistryConfig):
     model: Path = option(help="model folder or .gguf file")
     model_id: str = option("", help="name that clients use; empty: the file's name")
     dtype: str = option("float32", help="type of the weights in memory", choices=("float32", "bfloat16"))
+    kernels: Kernels | None = option(
+        None,
+        help="who computes; triton on the CPU: in Triton's interpreter, a proof and not for speed",
+        parse=_kernels_or_auto,
+        metavar="auto|native|triton|reference",
+    )
+    device: Device | None = option(
+        None,
+        help="where weights and KV are; auto: the GPU if there is one",
+        parse=_device_or_auto,
+        metavar="auto|cpu|cuda",
+    )
     deterministic: bool = option(False, help="same bits whatever the batch, the chunks and the P/D split")
     max_model_len: int = option(0, help="longest prompt and output together; 0: the model's own", minimum=0)
 

@@ -62,10 +62,25 @@ class EndFacts(Protocol):
     total_s: float
 
 
+class ReplicaFacts(Protocol):
+    """What of a replica never changes and is shown (engine.worker.ReplicaIdentity)."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def kv_dtype(self) -> str: ...
+    @property
+    def kernels(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+
+
 class EngineMetrics:
     """vLLM's names for what an engine does, and ours for what vLLM has no name for."""
 
-    def __init__(self, metrics: Metrics, *, block_size: int, num_blocks: int, cache_dtype: str) -> None:
+    def __init__(self, metrics: Metrics, replica: ReplicaFacts) -> None:
         self._running = metrics.vllm_gauge("num_requests_running", "Sequences in the running batch.")
         self._waiting = metrics.vllm_gauge("num_requests_waiting", "Requests waiting to be scheduled.")
         self._usage = metrics.vllm_gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
@@ -101,7 +116,15 @@ class EngineMetrics:
         info = metrics.gauge(
             "vllm:cache_config_info", "KV cache configuration.", ("block_size", "num_gpu_blocks", "cache_dtype")
         )
-        info.labels(block_size=str(block_size), num_gpu_blocks=str(num_blocks), cache_dtype=cache_dtype).set(1)
+        info.labels(
+            block_size=str(replica.block_size), num_gpu_blocks=str(replica.num_blocks), cache_dtype=replica.kv_dtype
+        ).set(1)
+        kernels = metrics.gauge("baton_kernels_info", "Which kernels run, and where.", ("kernels", "device"))
+        kernels.labels(kernels=str(replica.kernels), device=str(replica.device)).set(1)
+        self._attention_calls = metrics.counter(
+            "baton_attention_calls", "Calls of each Triton attention kernel: one per layer and step.", ("kernel",)
+        )
+        self._told_calls: dict[str, int] = {}
 
     def observe_step(self, num_computed: int, num_generated: int = 0) -> None:
         """Tokens that a step computed, and those that were told; a first token drawn by P is told by D."""
@@ -120,8 +143,11 @@ class EngineMetrics:
         self._prompt.observe(stats.num_prompt_tokens)
         self._output.observe(stats.num_output_tokens)
 
-    def update(self, load: LoadFacts, counters: CounterFacts) -> None:
+    def update(self, load: LoadFacts, counters: CounterFacts, attention_calls: Mapping[str, int]) -> None:
         """Bring gauges and counters up to the engine's own numbers."""
+        for kernel, total in attention_calls.items():
+            self._attention_calls.labels(kernel=kernel).inc(total - self._told_calls.get(kernel, 0))
+            self._told_calls[kernel] = total
         self._running.set(load.num_running)
         self._waiting.set(load.num_waiting)
         self._usage.set(1.0 - load.num_blocks_free / max(1, load.num_blocks_total))

@@ -249,6 +249,8 @@ class WorkerProcess:
         return ReplicaSpec(
             model=config.model,
             dtype=config.dtype,
+            kernels=config.kernels,
+            device=config.device,
             deterministic=config.deterministic,
             max_model_len=config.max_model_len,
             num_threads=config.threads,

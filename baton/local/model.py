@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from baton_operator.resources import LLMService
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-_KV_BYTES = 4  # KV is float32 with either
+_FLOAT32_BYTES = 4
 
 
 class ModelError(LocalError):
@@ -33,12 +33,14 @@ def describe_model(service: LLMService, *, say: Callable[[str], None]) -> ModelF
         config = load_config(path)
     except ModelFilesError as error:
         raise ModelError(f"spec.model.source = {source!r}: {error}") from error
-    dtype_bytes = _DTYPE_BYTES[service.spec.engine.dtype]
+    engine = service.spec.engine
+    dtype_bytes = _DTYPE_BYTES[engine.dtype]
+    kv_item_bytes = dtype_bytes if engine.kernels == "triton" else _FLOAT32_BYTES  # Triton keeps both in one type
     facts = ModelFacts(
         path=path,
         model_id=service.spec.model.name or _name_of(source),
         weight_bytes=num_parameters(config) * dtype_bytes,
-        kv_bytes_per_token=2 * config.num_layers * config.num_kv_heads * config.head_dim * _KV_BYTES,
+        kv_bytes_per_token=2 * config.num_layers * config.num_kv_heads * config.head_dim * kv_item_bytes,
         max_model_len=config.max_position_embeddings,
     )
     say(f"model: {facts.model_id}, {num_parameters(config) / 1e6:,.0f} M parameters, {path}")

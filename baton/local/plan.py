@@ -220,6 +220,8 @@ def worker_spec(
         "--drain-s", str(DRAIN_S),
         "--prefix-caching" if spec.engine.prefix_caching else "--no-prefix-caching",
     ]  # fmt: skip
+    arguments += _stated("--device", spec.engine.device)
+    arguments += _stated("--kernels", spec.engine.kernels)
     arguments += _stated("--block-size", spec.engine.block_size)
     arguments += _stated("--max-model-len", spec.engine.max_model_len)
     arguments += _stated("--max-num-seqs", spec.engine.max_num_seqs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,23 +16,37 @@ class ServiceFileError(LocalError):
     """The file cannot be read or says something that cannot be used."""
 
 
-def load_service(file: Path | None, port: int | None) -> LLMService:
-    """The service that `file` describes (none: the default one), with the port of the command line.
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """What the command line of `baton up` says instead of the file."""
+
+    port: int | None = None
+    device: str | None = None
+    kernels: str | None = None
+
+    def arguments(self) -> list[str]:
+        """The same as flags."""
+        stated = {"--port": self.port, "--device": self.device, "--kernels": self.kernels}
+        return [word for flag, value in stated.items() if value is not None for word in (flag, str(value))]
+
+
+def load_service(file: Path | None, overrides: Overrides) -> LLMService:
+    """The service that `file` describes (none: the default one), with what the command line says instead.
 
     Paths in the file are relative to it. Raises: ServiceFileError.
     """
     service = LLMService() if file is None else _read(file)
-    gateway = service.spec.gateway
-    changes: dict[str, object] = {} if port is None else {"port": port}
+    gateway, engine = service.spec.gateway, service.spec.engine
+    changes: dict[str, object] = {} if overrides.port is None else {"port": overrides.port}
     if gateway.api_keys_file is not None and file is not None:
         keys = (file.parent / gateway.api_keys_file).resolve()
         if not keys.is_file():
             raise ServiceFileError(f"{file}: spec.gateway.apiKeysFile = {gateway.api_keys_file!r}: there is no {keys}")
         changes["api_keys_file"] = str(keys)
-    if not changes:
-        return service
-    spec = service.spec.model_copy(update={"gateway": gateway.model_copy(update=changes)})
-    return service.model_copy(update={"spec": spec})
+    stated = {"device": overrides.device, "kernels": overrides.kernels}
+    engine_changes = {name: None if value == "auto" else value for name, value in stated.items() if value is not None}
+    parts = {"gateway": gateway.model_copy(update=changes), "engine": engine.model_copy(update=engine_changes)}
+    return service.model_copy(update={"spec": service.spec.model_copy(update=parts)})
 
 
 def load_stated(file: Path | None) -> tuple[LLMService, dict[str, Any]]:

@@ -16,7 +16,7 @@ from baton.local.machine import read_machine
 from baton.local.model import describe_model
 from baton.local.reporter import make_reporter
 from baton.local.rundir import RunDir, state_dir, take_lock
-from baton.local.service_file import load_service
+from baton.local.service_file import Overrides, load_service
 from baton.local.supervisor import Supervisor
 from baton_operator.resources import fields_unused
 
@@ -24,10 +24,10 @@ LOCK_PATIENCE_S = 5.0  # a run that was killed a moment ago is still being clean
 SUPERVISOR_LOG = "supervisor"
 
 
-def start_in_foreground(file: Path | None, port: int | None) -> None:
+def start_in_foreground(file: Path | None, overrides: Overrides) -> None:
     """Start the service and stay until it is stopped. Raises: LocalError."""
     started_at = time.monotonic()
-    service = load_service(file, port)
+    service = load_service(file, overrides)
     run = RunDir(state_dir(os.environ) / service.metadata.name)
     lock_fd = _take_lock(run)
     reporter = make_reporter(started_at)
@@ -46,18 +46,18 @@ def start_in_foreground(file: Path | None, port: int | None) -> None:
         os.close(lock_fd)
 
 
-def start_detached(file: Path | None, port: int | None) -> None:
+def start_detached(file: Path | None, overrides: Overrides) -> None:
     """Start the service in a session of its own, print what it says, return once it answers.
 
     Raises: StartFailed if it ended instead.
     """
-    service = load_service(file, port)  # a mistake in the file is said here, not in a log
+    service = load_service(file, overrides)  # a mistake in the file is said here, not in a log
     run = RunDir(state_dir(os.environ) / service.metadata.name)
     os.close(_take_lock(run))
     run.logs.mkdir(parents=True, exist_ok=True, mode=0o700)
     begin_anew(run.logs)
     log_path = run.log_of(SUPERVISOR_LOG)
-    arguments = [*(["--file", str(file)] if file else []), *(["--port", str(port)] if port else [])]
+    arguments = [*(["--file", str(file)] if file else []), *overrides.arguments()]
     with open(log_path, "wb", opener=_open_private) as log:
         supervisor = subprocess.Popen(
             [sys.executable, "-m", "baton", "up", *arguments],

@@ -194,6 +194,8 @@ class _Maker:
             "--dtype", engine.dtype,
             "--drain-s", str(DRAIN_S),
             "--prefix-caching" if engine.prefix_caching else "--no-prefix-caching",
+            *_stated("--device", engine.device),
+            *_stated("--kernels", engine.kernels),
             *_stated("--threads", pool.threads),
             *_stated("--block-size", engine.block_size),
             *_stated("--max-model-len", engine.max_model_len),

@@ -20,7 +20,7 @@ from baton.local.plan import MIB, Machine
 from baton.local.probe import FirstToken
 from baton.local.reporter import PlainReporter, Ready, banner
 from baton.local.rundir import RunDir, known_runs, state_dir, take_lock
-from baton.local.service_file import ServiceFileError, load_service
+from baton.local.service_file import Overrides, ServiceFileError, load_service
 
 HEAVY = {"torch", "transformers", "grpc", "numpy", "rich", "pydantic", "psutil", "asyncio", "tokenizers", "uvicorn"}
 
@@ -142,18 +142,29 @@ def test_the_banner_says_why_there_is_no_first_token() -> None:
 
 
 def test_no_file_means_the_default_service_with_the_port_of_the_command_line() -> None:
-    service = load_service(None, 9001)
+    service = load_service(None, Overrides(port=9001))
     assert service.spec.model.source == "smollm2"
     assert service.spec.gateway.port == 9001
+
+
+def test_device_and_kernels_of_the_command_line_win_over_the_files(tmp_path: Path) -> None:
+    file = tmp_path / "chat.yaml"
+    file.write_text(
+        "apiVersion: serving.baton.dev/v1alpha1\nkind: LLMService\nspec: {engine: {kernels: native, device: cpu}}\n"
+    )
+    engine = load_service(file, Overrides(kernels="triton")).spec.engine
+    assert (engine.kernels, engine.device) == ("triton", "cpu")
+    engine = load_service(file, Overrides(kernels="auto", device="auto")).spec.engine
+    assert (engine.kernels, engine.device) == (None, None)
 
 
 def test_paths_in_the_file_are_relative_to_it(tmp_path: Path) -> None:
     file = tmp_path / "chat.yaml"
     file.write_text("apiVersion: serving.baton.dev/v1alpha1\nkind: LLMService\nspec: {gateway: {apiKeysFile: keys}}\n")
     with pytest.raises(ServiceFileError, match=r"apiKeysFile = 'keys': there is no .*keys"):
-        load_service(file, None)
+        load_service(file, Overrides())
     (tmp_path / "keys").touch()
-    assert load_service(file, None).spec.gateway.api_keys_file == str(tmp_path / "keys")
+    assert load_service(file, Overrides()).spec.gateway.api_keys_file == str(tmp_path / "keys")
 
 
 @pytest.mark.parametrize(
@@ -163,9 +174,9 @@ def test_a_file_that_is_no_service_is_refused_by_name(tmp_path: Path, text: str,
     file = tmp_path / "chat.yaml"
     file.write_text(text)
     with pytest.raises(ServiceFileError, match=words):
-        load_service(file, None)
+        load_service(file, Overrides())
     with pytest.raises(ServiceFileError, match="cannot read"):
-        load_service(tmp_path / "other.yaml", None)
+        load_service(tmp_path / "other.yaml", Overrides())
 
 
 @pytest.mark.parametrize(

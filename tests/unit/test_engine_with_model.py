@@ -23,7 +23,7 @@ from engine.messages import (
     TokenEvent,
 )
 from engine.request import SamplingParams
-from engine.runner import CpuRunner, kv_shape
+from engine.runner import ModelRunner, kv_shape
 from modelfiles.read_config import load_config
 from modelfiles.weights import open_weights
 
@@ -64,7 +64,7 @@ class Rig:
         settings = EngineConfig(num_blocks=num_blocks, **{**values, **changes})  # pyright: ignore[reportArgumentType]
         self.kv = KVMemory(kv_shape(config, settings.block_size), num_blocks)
         self.kv.tensor.fill_(float("nan"))
-        runner = CpuRunner(config, open_weights(path), self.kv, deterministic=True, num_threads=1)
+        runner = ModelRunner(config, open_weights(path), self.kv, deterministic=True, num_threads=1)
         self.engine = Engine(settings, runner)
         self.destinations: dict[int, dict[int, BlockSlot]] = {}
 

@@ -75,7 +75,7 @@ CHANGES: dict[str, Any] = {
     "gateway.httpRoute.backend": "InferencePool", "gateway.ingress.host": "b.example.org",
     "gateway.ingress.className": "nginx", "gateway.ingress.tlsSecret": "tls",
     "engine.blockSize": 32, "engine.maxModelLen": 4096, "engine.maxNumSeqs": 9, "engine.maxBatchedTokens": 256,
-    "engine.prefixCaching": False, "engine.dtype": "bfloat16",
+    "engine.prefixCaching": False, "engine.dtype": "bfloat16", "engine.device": "cuda", "engine.kernels": "triton",
     "redis.mode": "None", "redis.urlSecret": "other",
     "image.gateway": "g@sha256:1", "image.worker": "w@sha256:2", "image.pullPolicy": "Always",
     "image.pullSecrets": ["pull"],

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch, Chunk
+from engine.dispatch import Kernels
 from engine.kv_memory import KVMemory
 from engine.request import SampledToken, SamplingParams, Sequence
-from engine.runner import CpuRunner, RunnerError, kv_shape
+from engine.runner import ModelRunner, RunnerError, kv_shape
 from modelfiles.read_config import load_config
 from modelfiles.weights import open_weights
 
@@ -34,7 +35,7 @@ class Rig:
         self.blocks = BLOCKS_PER_SEQUENCE * BLOCK // block_size
         self.kv = KVMemory(kv_shape(self.config, block_size), 4 * self.blocks)
         self.kv.tensor.fill_(float("nan"))
-        self.runner = CpuRunner(self.config, open_weights(path), self.kv, deterministic=True, num_threads=num_threads)
+        self.runner = ModelRunner(self.config, open_weights(path), self.kv, deterministic=True, num_threads=num_threads)
 
     def sequence(self, length: int = LENGTH, key: int = 0, sampling: SamplingParams | None = None) -> Sequence:
         generator = torch.Generator().manual_seed(length + 1000 * key)
@@ -189,19 +190,19 @@ def test_block_copies_happen_before_the_step(tiny_llama: Path) -> None:
 def test_deterministic_mode_refuses_the_reference_kernels(tiny_llama: Path) -> None:
     config = load_config(tiny_llama)
     kv = KVMemory(kv_shape(config, 16), 4)
-    with pytest.raises(RunnerError, match="deterministic mode needs the native kernels"):
-        CpuRunner(config, open_weights(tiny_llama), kv, deterministic=True, reference_kernels=True)
+    with pytest.raises(RunnerError, match="deterministic mode needs native or triton kernels"):
+        ModelRunner(config, open_weights(tiny_llama), kv, deterministic=True, kernels=Kernels.REFERENCE)
 
 
 def test_an_unknown_dtype_is_refused_by_name(tiny_llama: Path) -> None:
     config = load_config(tiny_llama)
     kv = KVMemory(kv_shape(config, 16), 4)
     with pytest.raises(RunnerError, match="float16"):
-        CpuRunner(config, open_weights(tiny_llama), kv, dtype="float16")
+        ModelRunner(config, open_weights(tiny_llama), kv, dtype="float16")
 
 
-def test_without_a_compiler_the_references_run_and_deterministic_mode_is_refused(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_without_a_compiler_the_native_kernels_are_refused_with_the_reason(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from engine.kernels.native import library
 
@@ -210,7 +211,5 @@ def test_without_a_compiler_the_references_run_and_deterministic_mode_is_refused
     config = load_config(tiny_llama)
     kv = KVMemory(kv_shape(config, 16), 4)
     with pytest.raises(RunnerError, match="no C\\+\\+ compiler"):
-        CpuRunner(config, open_weights(tiny_llama), kv, deterministic=True)
-    runner = CpuRunner(config, open_weights(tiny_llama), kv)
-    assert runner.numerics_fingerprint().startswith("reference")
-    assert "kernels: reference" in caplog.text
+        ModelRunner(config, open_weights(tiny_llama), kv)
+    library.load_library.cache_clear()

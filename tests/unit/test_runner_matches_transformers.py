@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from engine.batch import Batch, Chunk
+from engine.dispatch import Kernels
 from engine.kv_memory import KVMemory
 from engine.request import SamplingParams, Sequence
-from engine.runner import CpuRunner, kv_shape
+from engine.runner import ModelRunner, kv_shape
 from modelfiles.read_config import load_config
 from modelfiles.weights import open_weights
 
@@ -53,7 +54,7 @@ class Pair:
     """One checkpoint in both implementations."""
 
     theirs: Any
-    ours: CpuRunner
+    ours: ModelRunner
     kv: KVMemory
     vocab: int
 
@@ -70,7 +71,7 @@ class Pair:
         return self.theirs(torch.tensor([ids])).logits[0]
 
 
-def make_pair(folder: Path, family: str, seed: int = 0, reference_kernels: bool = False, **overrides: Any) -> Pair:
+def make_pair(folder: Path, family: str, seed: int = 0, kernels: Kernels = Kernels.NATIVE, **overrides: Any) -> Pair:
     """Write a random checkpoint with transformers, open it with both."""
     import transformers
 
@@ -89,7 +90,7 @@ def make_pair(folder: Path, family: str, seed: int = 0, reference_kernels: bool 
     ours = load_config(folder)
     kv = KVMemory(kv_shape(ours, BLOCK), 64)
     kv.tensor.fill_(float("nan"))
-    runner = CpuRunner(ours, open_weights(folder), kv, num_threads=2, reference_kernels=reference_kernels)
+    runner = ModelRunner(ours, open_weights(folder), kv, num_threads=2, kernels=kernels)
     return Pair(theirs, runner, kv, ours.vocab_size)
 
 
@@ -118,7 +119,7 @@ def check_greedy(pair: Pair, length: int, count: int = 24) -> None:
     assert got == everything[length - 1 :].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("reference_kernels", [False, True], ids=["native", "reference"])
+@pytest.mark.parametrize("kernels", [Kernels.NATIVE, Kernels.REFERENCE])
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [
@@ -140,10 +141,10 @@ def check_greedy(pair: Pair, length: int, count: int = 24) -> None:
     ids=["llama", "llama-tied-gqa3", "qwen2", "qwen3", "qwen3-tied-mqa"],
 )
 def test_logits_and_greedy_tokens_equal_transformers(
-    tmp_path: Path, family: str, overrides: dict[str, Any], reference_kernels: bool
+    tmp_path: Path, family: str, overrides: dict[str, Any], kernels: Kernels
 ) -> None:
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    pair = make_pair(tmp_path, family, reference_kernels=reference_kernels, **overrides)
+    pair = make_pair(tmp_path, family, kernels=kernels, **overrides)
     check_lengths(pair)
     for length in (1, BLOCK - 1, BLOCK, 40):
         check_greedy(pair, length)
@@ -187,5 +188,5 @@ def test_bfloat16_weights_equal_transformers_with_rounded_weights(tmp_path: Path
         if "norm" not in name:
             parameter.data = parameter.data.bfloat16().float()
     config = load_config(tmp_path)
-    rounded = CpuRunner(config, open_weights(tmp_path), pair.kv, num_threads=2, dtype="bfloat16")
+    rounded = ModelRunner(config, open_weights(tmp_path), pair.kv, num_threads=2, dtype="bfloat16")
     check_lengths(Pair(pair.theirs, rounded, pair.kv, pair.vocab))
