@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache as cached
-from typing import Any
+from functools import lru_cache
 
 import torch
-import triton as triton_package
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.attention import triton as kernels
+from engine.kernels.arch import INTERPRETER, arch_of, next_power_of_2
+from engine.kernels.attention.triton import attention_kernel, combine_kernel
+from engine.kernels.compile_case import CompileCase, CompileConfig
 from engine.kernels.device_step import DeviceStep
+from engine.kernels.shipped import SHIPPED, ModelShape
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 128
@@ -21,6 +22,9 @@ MAX_BLOCK_SIZE = 256
 DECODE_ROWS = 16
 MAX_SPLITS = 128
 COMBINE_WARPS = 1
+COMBINE_CONSTANTS = ("KV_HEADS", "GROUP", "HEAD_DIM", "BLOCK_D", "BLOCK_N", "SPLIT_SIZE", "WINDOW", "ONE_TOKEN")
+# Hopper's and Blackwell's: two groups of four warps multiply 128 rows by one tile of keys.
+WIDE_ARCHS = (90, 100, 103)
 LOG2_E = 1.4426950408889634
 DOT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 QUANTISED = (torch.int8, torch.float8_e4m3fn)
@@ -32,9 +36,9 @@ class AttentionOptions:
     """What a layer's attention is, besides its tensors.
 
     scale: factor of q·k. window: keys that a query sees, itself the last (0: all). soft_cap: scores become
-    cap * tanh(score / cap) (0: they stay). deterministic: the bits of a row do not depend on the batch, on the chunks, or
-    on whether it is a prompt's or a decode's. unified_maximum: weights of decodes are taken relative to this score
-    (FlashDecoding++), splits where that fails are counted and done over; not with `deterministic`.
+    cap * tanh(score / cap) (0: they stay). deterministic: the bits of a row do not depend on the batch, on the chunks,
+    or on whether it is a prompt's or a decode's. unified_maximum: weights of decodes are taken relative to this score
+    (FlashDecoding++); splits where that fails are counted and done over; not with `deterministic`.
     """
 
     scale: float
@@ -60,23 +64,15 @@ class Workspace:
 def make_workspace(rows: int, num_heads: int, head_dim: int, device: torch.device) -> Workspace:
     """Room for `rows` pairs of token and split: a step that needs more has each tile's splits done by one program."""
     return Workspace(
-        torch.empty((rows, num_heads, triton_package.next_power_of_2(head_dim)), device=device),
+        torch.empty((rows, num_heads, next_power_of_2(head_dim)), device=device),
         torch.empty((rows, num_heads, 2), device=device),
         torch.zeros(1, dtype=torch.int32, device=device),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """What constants are chosen for. `arch`: compute capability as 80, 90, 100; 0 is Triton's interpreter."""
-
-    arch: int
-    num_sms: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TileConfig:
-    """Constants of one compilation: rows and keys of a tile, keys of a split (0: equal splits), warps, pipeline stages."""
+    """Constants of one compilation: rows and keys of a tile, keys of a split (0: see `_split_size`), warps, stages."""
 
     block_m: int
     block_n: int
@@ -102,45 +98,48 @@ def paged_attention(
     """out = causal attention of a packed step over the paged cache, prompt chunks and decodes alike.
 
     Shapes: q, out [T, num_heads, head_dim], rows and heads at any stride; cache [num_blocks, kv_heads, num_layers, 2,
-    block_size, head_dim]; kv_scales [num_blocks, kv_heads, num_layers, 2, block_size] float32 with an int8 or fp8 cache;
-    tree_ends [T] int32: the rows of a sequence are nodes of a tree in depth-first order, whose keys lie in that order
-    behind the context; entry j is the index in its sequence behind j's last descendant: a node sees its ancestors.
+    block_size, head_dim]; kv_scales [num_blocks, kv_heads, num_layers, 2, block_size] float32 with an int8 or fp8
+    cache; tree_ends [T] int32: the rows of a sequence are nodes of a tree in depth-first order, whose keys lie in that
+    order behind the context; entry j is the index in its sequence behind j's last descendant: a node sees its
+    ancestors.
     The step's own keys and values are in the cache already. A padding sequence (`seq_lens` 0) gets zeros.
     Nothing here waits for the device. The grid and all constants follow from shapes and `max_query_len`,
     `max_seq_len`, so a captured graph holds for every step within them.
     """
     shape = check_attention(q, cache, layer, step, out, options, kv_scales, tree_ends)
-    device = find_device(q.device)
+    arch = arch_of(q)
     decode = step.max_query_len * shape.group <= DECODE_ROWS
-    config = config or tile_config(device.arch, shape, decode=decode, deterministic=options.deterministic)
+    config = config or tile_config(arch, shape, decode=decode, deterministic=options.deterministic)
     num_tokens, num_seqs = q.shape[0], step.seq_lens.shape[0]
     if not num_tokens:
         return
     one_token = step.max_query_len == 1 and num_tokens == num_seqs
     tiles = num_seqs if one_token else num_tokens // (config.block_m // shape.group) + num_seqs
     splits = max_splits(step.max_seq_len, config, workspace.partials.shape[0] // num_tokens)
-    num_programs = device.num_sms * config.programs_per_sm
+    num_programs = num_sms(q.device) * config.programs_per_sm
     kv = cache[:, :, layer]
     scales = None if kv_scales is None else kv_scales[:, :, layer]
-    constants: dict[str, Any] = {
+    attention = {
         "KV_HEADS": shape.kv_heads, "GROUP": shape.group, "HEAD_DIM": shape.head_dim, "BLOCK_D": shape.block_d,
-        "BLOCK_N": config.block_n, "SPLIT_SIZE": config.split_size, "WINDOW": options.window, "ONE_TOKEN": one_token,
+        "BLOCK_SIZE": shape.block_size, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "SPLIT_SIZE": config.split_size, "WINDOW": options.window, "SOFT_CAP": options.soft_cap, "DOT": shape.dot,
+        "ONE_TOKEN": one_token, "PARALLEL_SPLITS": splits > 1,
+        "UNIFIED": decode and options.unified_maximum is not None,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
-    kernels.attention_kernel[(num_programs,)](
+    attention_kernel[(num_programs,)](
         q, kv, scales, out, workspace.partials, workspace.stats, workspace.fallbacks,
         step.cu_seqlens_q, step.seq_lens, step.block_tables, tree_ends,
         num_seqs, tiles, splits, num_tokens, options.scale, (options.unified_maximum or 0.0) * LOG2_E,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), kv.stride(3),
-        *((0, 0, 0) if scales is None else scales.stride()[:3]), step.block_tables.stride(0),
-        **constants, BLOCK_SIZE=shape.block_size, BLOCK_M=config.block_m, SOFT_CAP=options.soft_cap, DOT=shape.dot,
-        PARALLEL_SPLITS=splits > 1, UNIFIED=decode and options.unified_maximum is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        *((0, 0, 0) if scales is None else scales.stride()[:3]), step.block_tables.stride(0), **attention,
     )  # fmt: skip
     if splits > 1:
-        kernels.combine_kernel[(num_tokens, shape.kv_heads)](
+        combine = {name: attention[name] for name in COMBINE_CONSTANTS}
+        combine |= {"BLOCK_H": next_power_of_2(shape.group), "num_warps": COMBINE_WARPS}
+        combine_kernel[(num_tokens, shape.kv_heads)](
             workspace.partials, workspace.stats, out, step.cu_seqlens_q, step.seq_lens,
-            num_seqs, tiles, splits, num_programs, num_tokens, out.stride(0), out.stride(1),
-            **constants, BLOCK_H=triton_package.next_power_of_2(shape.group), num_warps=COMBINE_WARPS,
+            num_seqs, tiles, splits, num_programs, num_tokens, out.stride(0), out.stride(1), **combine,
         )  # fmt: skip
 
 
@@ -167,39 +166,42 @@ class AttentionShape:
     group: int
     head_dim: int
     block_size: int
-    kv_dtype: torch.dtype
     dot: tl.dtype
 
     @property
     def block_d(self) -> int:
-        return max(16, triton_package.next_power_of_2(self.head_dim))
+        return max(16, next_power_of_2(self.head_dim))
 
 
 def tile_config(arch: int, shape: AttentionShape, *, decode: bool, deterministic: bool) -> TileConfig:
-    """Tile constants for one architecture; with `deterministic` prompts and decodes have the same ones."""
-    rows = max(16, triton_package.next_power_of_2(shape.group))
-    if not arch:  # the interpreter: time goes by operations, not by their size
+    """Tile constants for one architecture; with `deterministic` prompts and decodes have the same ones.
+
+    Chosen so that nothing spills (docs/kernels.md has the table); which is fastest on a GPU is unmeasured.
+    """
+    rows = max(16, next_power_of_2(shape.group))
+    if arch == INTERPRETER:
         return TileConfig(
             block_m=max(32, rows), block_n=64, split_size=256 * deterministic, num_warps=4, num_stages=1,
             programs_per_sm=1,
         )  # fmt: skip
-    block_m = max(64, rows) if deterministic or not decode else rows
-    return TileConfig(
-        block_m=block_m, block_n=64, split_size=512 * deterministic, num_warps=4, num_stages=3, programs_per_sm=2
-    )
+    if deterministic:
+        # Sums of a split and of all before it are both in registers: half as many per thread with eight warps.
+        return TileConfig(
+            block_m=max(64, rows), block_n=64, split_size=512, num_warps=8, num_stages=3, programs_per_sm=1
+        )
+    if decode:
+        return TileConfig(block_m=rows, block_n=64, split_size=0, num_warps=4, num_stages=3, programs_per_sm=2)
+    if arch in WIDE_ARCHS:
+        return TileConfig(
+            block_m=max(128, rows), block_n=64, split_size=0, num_warps=8, num_stages=3, programs_per_sm=1
+        )
+    return TileConfig(block_m=max(64, rows), block_n=64, split_size=0, num_warps=4, num_stages=3, programs_per_sm=2)
 
 
-@cached
-def find_device(device: torch.device) -> Device:
-    """The device's architecture and number of multiprocessors."""
-    interpreted = not isinstance(kernels.attention_kernel, triton_package.JITFunction)
-    if device.type == "cpu":
-        if not interpreted:
-            raise RuntimeError("Triton runs on a CPU only in its interpreter: set TRITON_INTERPRET=1 before the start")
-        return Device(arch=0, num_sms=2)
-    properties = torch.cuda.get_device_properties(device)
-    arch = properties.major * 10 if properties.major in (8, 9, 10) else 80
-    return Device(arch=0 if interpreted else arch, num_sms=properties.multi_processor_count)
+@lru_cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a GPU; two for the interpreter, so that its programs have work to share out."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def check_attention(
@@ -244,13 +246,14 @@ def check_attention(
         raise ValueError("a tree's nodes have no single order that a window could count in")
     if options.deterministic and options.unified_maximum is not None:
         raise ValueError("the unified maximum falls back by tile: a row's bits would depend on its neighbours")
-    interpreted = find_device(q.device).arch == 0
+    arch = arch_of(q)
+    if cache.dtype == torch.float8_e4m3fn and INTERPRETER < arch < 89:
+        raise ValueError(f"a {cache.dtype} cache needs an architecture of 89 or more, this one is {arch}")
     dot = q.dtype if cache.dtype in QUANTISED else torch.promote_types(q.dtype, cache.dtype)
-    # The interpreter multiplies bfloat16 by its bit patterns.
-    dot = torch.float32 if interpreted and dot == torch.bfloat16 else dot
+    # The interpreter would multiply the bit patterns of bfloat16.
+    dot = torch.float32 if arch == INTERPRETER and dot == torch.bfloat16 else dot
     return AttentionShape(
-        kv_heads=kv_heads, group=group, head_dim=head_dim, block_size=block_size, kv_dtype=cache.dtype,
-        dot=DOT_TYPES[dot],
+        kv_heads=kv_heads, group=group, head_dim=head_dim, block_size=block_size, dot=DOT_TYPES[dot],
     )  # fmt: skip
 
 
@@ -270,3 +273,99 @@ def check_step(step: DeviceStep, num_tokens: int, tree_ends: Tensor | None) -> N
     for name, tensor in tensors.items():
         if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
             raise ValueError(f"{name} is {tensor.dtype} with strides {tensor.stride()}, expected contiguous int32")
+
+
+_KV_TYPES = {"bf16": ("*bf16", 2), "int8": ("*i8", 1), "fp8": ("*fp8e4nv", 1)}
+_INTEGERS = (
+    "num_seqs", "tile_bound", "max_splits", "num_tokens", "stride_q", "stride_q_head", "stride_out",
+    "stride_out_head", "stride_block", "stride_head", "stride_kv", "stride_slot", "stride_scale_block",
+    "stride_scale_head", "stride_scale_kv", "stride_table",
+)  # fmt: skip
+_ALIGNED = (
+    "q", "kv", "out", "partials", "stats", "stride_q", "stride_q_head", "stride_out", "stride_out_head",
+    "stride_block", "stride_head", "stride_kv", "stride_slot",
+)  # fmt: skip
+
+
+def _attention_case(
+    model: ModelShape, kv: str, *, decode: bool, deterministic: bool = False, unified: bool = False, tree: bool = False
+) -> CompileCase:
+    kv_type, kv_bytes = _KV_TYPES[kv]
+    group = model.heads // model.kv_heads
+    shape = AttentionShape(
+        kv_heads=model.kv_heads, group=group, head_dim=model.head_dim, block_size=16, dot=tl.bfloat16
+    )
+    absent = [name for name, there in (("scales", kv != "bf16"), ("tree_ends", tree)) if not there]
+    types = {
+        "q": "*bf16", "kv": kv_type, "scales": "*fp32", "out": "*bf16", "partials": "*fp32", "stats": "*fp32",
+        "fallbacks": "*i32", "cu_seqlens_q": "*i32", "seq_lens": "*i32", "block_tables": "*i32", "tree_ends": "*i32",
+        **dict.fromkeys(_INTEGERS, "i32"), "scale": "fp32", "unified_maximum": "fp32",
+    }  # fmt: skip
+
+    def config(arch: int) -> CompileConfig:
+        tile = tile_config(arch, shape, decode=decode, deterministic=deterministic)
+        constants = {
+            "KV_HEADS": shape.kv_heads, "GROUP": group, "HEAD_DIM": shape.head_dim, "BLOCK_D": shape.block_d,
+            "BLOCK_SIZE": shape.block_size, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+            "SPLIT_SIZE": tile.split_size, "WINDOW": 0, "SOFT_CAP": 0.0, "DOT": shape.dot,
+            "ONE_TOKEN": decode and not tree, "PARALLEL_SPLITS": decode, "UNIFIED": unified,
+            **dict.fromkeys(absent),
+        }  # fmt: skip
+        return CompileConfig(constants=constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+    tile = tile_config(90, shape, decode=decode, deterministic=deterministic)
+    kinds = (("decode" if decode else "prefill", True), ("deterministic", deterministic), ("unified maximum", unified))
+    return CompileCase(
+        name="attention " + ", ".join(kind for kind, is_so in (*kinds, ("tree", tree)) if is_so),
+        kernel=lambda: attention_kernel,
+        shape=f"{model.name} {model.heads}/{model.kv_heads} heads of {model.head_dim}, KV {kv}",
+        signature={name: kind for name, kind in types.items() if name not in absent},
+        aligned=_ALIGNED,
+        config=config,
+        flops=4 * tile.block_m * tile.block_n * model.head_dim,
+        bytes=2 * kv_bytes * tile.block_n * model.head_dim,
+        has_dot=True,
+        archs=(90, 100) if kv == "fp8" else (80, 90, 100),
+    )
+
+
+def _combine_case(model: ModelShape, *, deterministic: bool) -> CompileCase:
+    group = model.heads // model.kv_heads
+    shape = AttentionShape(
+        kv_heads=model.kv_heads, group=group, head_dim=model.head_dim, block_size=16, dot=tl.bfloat16
+    )
+
+    def config(arch: int) -> CompileConfig:
+        tile = tile_config(arch, shape, decode=True, deterministic=deterministic)
+        constants = {
+            "KV_HEADS": shape.kv_heads, "GROUP": group, "HEAD_DIM": shape.head_dim, "BLOCK_D": shape.block_d,
+            "BLOCK_H": next_power_of_2(group), "BLOCK_N": tile.block_n, "SPLIT_SIZE": tile.split_size, "WINDOW": 0,
+            "ONE_TOKEN": True,
+        }  # fmt: skip
+        return CompileConfig(constants=constants, num_warps=COMBINE_WARPS, num_stages=3)
+
+    integers = ("num_seqs", "tile_bound", "max_splits", "num_programs", "num_tokens", "stride_out", "stride_out_head")
+    return CompileCase(
+        name="attention combine" + deterministic * ", deterministic",
+        kernel=lambda: combine_kernel,
+        shape=f"{model.name} {model.heads}/{model.kv_heads} heads of {model.head_dim}",
+        signature={
+            "partials": "*fp32", "stats": "*fp32", "out": "*bf16", "cu_seqlens_q": "*i32", "seq_lens": "*i32",
+            **dict.fromkeys(integers, "i32"),
+        },
+        aligned=("partials", "stats", "out", "stride_out", "stride_out_head"),
+        config=config,
+        flops=3 * group * model.head_dim,
+        bytes=4 * group * (model.head_dim + 2),
+        programs_per_sm=8,
+    )  # fmt: skip
+
+
+COMPILE_CASES = (
+    *(_attention_case(model, "bf16", decode=decode) for model in SHIPPED for decode in (False, True)),
+    *(_attention_case(SHIPPED[0], kv, decode=decode) for kv in ("int8", "fp8") for decode in (False, True)),
+    *(_attention_case(SHIPPED[0], "bf16", decode=decode, deterministic=True) for decode in (False, True)),
+    _attention_case(SHIPPED[0], "bf16", decode=True, unified=True),
+    _attention_case(SHIPPED[0], "bf16", decode=True, tree=True),
+    *(_combine_case(SHIPPED[0], deterministic=deterministic) for deterministic in (False, True)),
+)

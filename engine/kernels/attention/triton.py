@@ -41,8 +41,8 @@ def _find_sequence(cu_seqlens_q, index, num_seqs, TOKENS: tl.constexpr):
 def _split_size(seq_lens, num_seqs, num_items, max_splits, num_programs, FIXED: tl.constexpr, BLOCK_N: tl.constexpr):
     """Keys per split and the number of splits of the longest sequence.
 
-    FIXED 0: as many keys as give each program about two splits, whatever the sequences' lengths, but at least four tiles
-    and not so few that a sequence needs more than `max_splits`.
+    FIXED 0: as many keys as give each program about two splits, whatever the sequences' lengths, but at least four
+    tiles and not so few that a sequence needs more than `max_splits`.
     """
     longest = 0
     keys = tl.cast(0, tl.int64)
@@ -83,10 +83,11 @@ def _attend(
 
     MASKED: some row does not see some of these keys. UNIFIED: `maximum` is given and stays.
     """
-    precision: tl.constexpr = "ieee" if DOT == tl.float32 else "tf32"
+    precision: tl.constexpr = "ieee" if tl.float32 == DOT else "tf32"
     factor = LOG2_E if SOFT_CAP > 0.0 else scale * LOG2_E
     dims = tl.arange(0, BLOCK_D)
-    for start in range(begin, end, BLOCK_N):
+    # The masked tiles of a causal tile are its last few: not worth the registers of a pipeline.
+    for start in tl.range(begin, end, BLOCK_N, num_stages=1 if MASKED and WINDOW == 0 else None):
         positions = start + tl.arange(0, BLOCK_N)
         known = positions < seq_len
         if MASKED:
@@ -97,8 +98,8 @@ def _attend(
         pointers = kv + (blocks.to(tl.int64) * stride_block + slots * stride_slot)[:, None] + dims[None, :]
         if MASKED or HEAD_DIM != BLOCK_D:
             real = known[:, None] & (dims[None, :] < HEAD_DIM)
-            keys = tl.load(pointers, mask=real, other=0)
-            values = tl.load(pointers + stride_kv, mask=real, other=0)
+            keys = tl.load(pointers, mask=real, other=0.0)
+            values = tl.load(pointers + stride_kv, mask=real, other=0.0)
         else:
             keys = tl.load(pointers)
             values = tl.load(pointers + stride_kv)
@@ -180,8 +181,8 @@ def _attend_split(
     """
     if UNIFIED:
         # float16 weights end at 2^16 and lose digits below 2^-14; bfloat16 and float32 reach much further.
-        least: tl.constexpr = 1.0 if DOT == tl.float16 else 2.0**-60
-        most: tl.constexpr = 2.0**15 if DOT == tl.float16 else 2.0**60
+        least: tl.constexpr = 1.0 if tl.float16 == DOT else 2.0**-60
+        most: tl.constexpr = 2.0**15 if tl.float16 == DOT else 2.0**60
         maximum, total, acc = _attend_keys(
             q, begin, end, all_see, row_positions, row_tokens, context, seq_len,
             kv, stride_block, stride_kv, stride_slot, scales, stride_scale_block, stride_scale_kv, table, tree_ends,
