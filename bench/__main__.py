@@ -1,7 +1,8 @@
 """`python -m bench [NAME ...]`: run the benchmarks one after another (default: all), each in a process of its own.
 
 One after another because two cores measure one thing at a time; in processes of their own so that none inherits
-another's threads, caches or peak memory. A benchmark's own options: `python -m bench.NAME --help`.
+another's threads, caches or peak memory. A benchmark's own options: `python -m bench.NAME --help`. `gpu` needs one and
+runs only when it is named.
 """
 
 from __future__ import annotations
@@ -12,13 +13,20 @@ import sys
 import time
 
 BENCHMARKS = ("scheduler", "long_prompt", "engine", "transfer", "gateway", "pd")
+NEED_A_GPU = ("gpu",)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], metavar="NAME", help=" | ".join(BENCHMARKS))
+    parser.add_argument(
+        "names",
+        nargs="*",
+        choices=[*BENCHMARKS, *NEED_A_GPU, []],
+        metavar="NAME",
+        help=" | ".join((*BENCHMARKS, *NEED_A_GPU)),
+    )
     failed = [name for name in parser.parse_args().names or BENCHMARKS if not run(name)]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
