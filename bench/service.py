@@ -114,6 +114,7 @@ def running_service(
     model: str = "smollm2",
     kv_memory: str | None = None,
     engine: Mapping[str, object] | None = None,
+    transfer: str = "auto",
     environ: Mapping[str, str] | None = None,
 ) -> Generator[Service]:
     """`baton up` with this service until the block ends, then Ctrl-C."""
@@ -128,6 +129,7 @@ def running_service(
             "pools": {"prefill": {"replicas": prefill, **pool}, "decode": {"replicas": decode, **pool}},
             "disaggregation": disaggregation,
             "deterministic": deterministic,
+            "transfer": transfer,
             "gateway": {"port": free_port()},
             "engine": dict(engine or {}),
         },

@@ -62,7 +62,7 @@ TEARDOWN_S = 5.0
 
 WARM_UP_S = 5.0
 
-GROUP_BYTES = 4 << 20
+GROUP_BYTES = 16 << 20
 """Read as one, and digested while the next is under way: also what a cancel waits for where the peer answers."""
 
 MAX_GROUP_BLOCKS = 512
@@ -73,7 +73,7 @@ _WORD_BYTES = 8
 _BOOT_ID_WORDS = BOOT_ID_BYTES // _WORD_BYTES
 _SLOT_WORDS = MAX_GROUP_BLOCKS + _BOOT_ID_WORDS
 _FIRST_PAUSE_S = 20e-6
-_LONGEST_PAUSE_S = 500e-6
+_LONGEST_PAUSE_S = 100e-6
 _MAX_ADDRESS = 1 << 63
 MAX_BLOCKS = 1 << 24
 

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from kvtransfer import nixl_agent
 from kvtransfer.protocol import baton_pb2 as pb
+from tests.e2e import census
 from tests.metrics_text import Metrics
 from tests.workers_harness import PATIENCE_S, TRANSPORTS, FakeModel, Workers, gateway_to, until
 from workerkit.process import EXIT_CANNOT_START
@@ -199,6 +201,39 @@ async def test_a_faulty_hand_over_never_yields_a_token(
     assert told.value("baton_transfers_total", outcome="committed") == 4
     for process in (p, good, d):
         await process.at_baseline()
+
+
+@pytest.mark.skipif(not nixl_agent.is_available(), reason="needs the extra nixl")
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize(
+    "num_restarts", [4, pytest.param(100, marks=pytest.mark.soak)], ids=lambda count: f"{count}-restarts"
+)
+async def test_a_decode_worker_keeps_nothing_of_killed_prefill_workers(processes: Processes, num_restarts: int) -> None:
+    """Ten hand-overs over NIXL from each incarnation of a real prefill worker, then `kill -9`."""
+    flags = (*FAKE, "--transports", "nixl")
+    held: list[census.Holdings] = []
+    decode = await processes.start("tests.fake_worker", "decode", flags=flags)
+    async with gateway_to(decode) as gateway:
+        local = await gateway.ask(PROMPT, disaggregation=LOCAL, salt=b"l")
+        for restart in range(num_restarts):
+            prefill = await processes.start("tests.fake_worker", "prefill", flags=flags)
+            for number in range(10):
+                answer = await gateway.ask(PROMPT, [prefill.candidate], salt=b"%d-%d" % (restart, number))
+                assert answer.ids == local.ids
+                stats = (await answer.end()).stats
+                assert (stats.prefill_path, stats.transport) == ("remote", "nixl")
+            prefill.popen.kill()
+            await prefill.ended()
+            await until(lambda: decode.metrics().value("baton_transport_pairs", transport="nixl") == 0)
+            held.append(census.holdings(decode.popen.pid))
+    told = decode.metrics()
+    assert told.value("baton_transfers_total", transport="nixl", outcome="committed") == 10 * num_restarts
+    assert told.value("baton_transport_fallbacks_total") == 0
+    assert told.is_at_rest
+    # One more of each kind may be in the closing of the newest; none may come with every restart.
+    first, last = held[1], held[-1]
+    for kind in ("num_descriptors", "num_threads", "num_memory_files"):
+        assert getattr(last, kind) <= getattr(first, kind) + 1, held
 
 
 async def test_sigterm_removes_the_registry_file_and_ends_with_status_0(processes: Processes) -> None:

@@ -1,0 +1,127 @@
+"""The ways that KV moves, through the whole product with the real SmolLM2: `transfer: nixl` and `transfer: grpc`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from bench.service import Service, running_service
+from kvtransfer import nixl_agent
+from kvtransfer.liveness import SILENCE_LIMIT_S
+from tests.e2e import census
+
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not nixl_agent.is_available(), reason="needs the extra nixl"),
+]
+
+REQUESTS: list[dict[str, Any]] = [
+    {"prompt": "Once upon a time", "temperature": 0.8, "seed": 5, "n": 2},
+    {"prompt": "word " * 230, "temperature": 1.0, "top_p": 0.9, "seed": 6},
+    {"prompt": "The list: 1, 2, 3,", "temperature": 0, "logprobs": 3},
+]
+NUM_BLOCKS = 1 + 15 + 1  # of 16 tokens, without prefixes in common
+
+
+def ask(service: Service, request: dict[str, Any], timeout_s: float = 120.0) -> dict[str, Any]:
+    body = {"model": service.model_id, "max_tokens": 16, "return_token_ids": True, "metrics": True, **request}
+    posted = urllib.request.Request(
+        f"{service.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(posted, timeout=timeout_s) as reply:
+        return json.load(reply)
+
+
+def said(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    """Everything that is a function of the model: text, token ids, logprobs, ends."""
+    return answer["choices"]
+
+
+@pytest.fixture(scope="module")
+def over_nixl() -> Generator[Service]:
+    """UCX over TCP, as between two machines: on one host it would read the other process's memory itself."""
+    with running_service(
+        disaggregation="Always",
+        deterministic=True,
+        kv_memory="384Mi",
+        transfer="nixl",
+        environ={"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"},
+    ) as service:
+        yield service
+
+
+def test_tokens_over_nixl_equal_those_over_grpc_and_those_of_one_worker_byte_for_byte(over_nixl: Service) -> None:
+    before = census.total(over_nixl, "baton_transfer_bytes_total", role="decode", transport="nixl")
+    answers = [ask(over_nixl, request) for request in REQUESTS]
+    block_bytes = 16 * 2 * 30 * 3 * 64 * 4  # SmolLM2-135M, float32
+    moved = census.total(over_nixl, "baton_transfer_bytes_total", role="decode", transport="nixl") - before
+    assert moved >= NUM_BLOCKS * block_bytes, "the blocks did not go by nixl"
+    assert {answer["metrics"]["transport"] for answer in answers} == {"nixl"}
+    for way in ("grpc", "shm", ""):
+        assert census.total(over_nixl, "baton_transfers_total", role="decode", transport=way) == 0
+    assert census.total(over_nixl, "baton_transport_pairs", role="decode", transport="nixl") == 1
+    census.eventually("`baton ps` shows the way", lambda: _ways_of(over_nixl) == ["nixl"], 15.0)
+    assert "nixl" in over_nixl.baton("ps")
+    for service in (
+        {"disaggregation": "Always", "transfer": "grpc"},
+        {"disaggregation": "Never", "prefill": 0, "engine": {"maxBatchedTokens": 72, "maxNumSeqs": 8, "prefixCaching": False}},
+    ):
+        with running_service(deterministic=True, kv_memory="384Mi", **service) as other:
+            assert [said(ask(other, request)) for request in REQUESTS] == [said(answer) for answer in answers], service
+            assert _ways_of(other) in (["grpc"], [])
+
+
+def _ways_of(service: Service) -> list[str]:
+    (decode,) = (row for row in json.loads(service.baton("ps", "--json"))["processes"] if row["role"] == "decode")
+    return decode["transports"]
+
+
+def _is_settled(service: Service) -> bool:
+    try:
+        return all(census.scrape(worker).is_at_rest for worker in service.workers() if worker.role != "gateway")
+    except OSError:
+        return False
+
+
+def _prefill_steps(service: Service) -> float:
+    return census.total(service, "baton_engine_steps_total", role="prefill")
+
+
+def test_a_prefill_worker_that_was_frozen_past_its_lease_is_fenced_and_serves_again(over_nixl: Service) -> None:
+    """Its prompt is prefilled elsewhere; what it does when it continues reaches nobody."""
+    request = {"prompt": "frozen " * 400, "temperature": 0.7, "seed": 8}
+    expected = said(ask(over_nixl, request))
+    (prefill,) = over_nixl.workers("prefill")
+    answers: list[dict[str, Any]] = []
+    asking = threading.Thread(target=lambda: answers.append(ask(over_nixl, request | {"cache_salt": "again"})))
+    steps = _prefill_steps(over_nixl)
+    asking.start()
+    census.eventually("the prompt runs", lambda: _prefill_steps(over_nixl) > steps, 20.0)
+    os.kill(prefill.pid, signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    try:
+        asking.join(60.0)
+        assert said(answers[0]) == expected
+        time.sleep(max(0.0, SILENCE_LIMIT_S + 1.0 - (time.monotonic() - stopped_at)))
+    finally:
+        os.kill(prefill.pid, signal.SIGCONT)
+    # UCX may abort a process that continues under a read whose peer is gone; its supervisor starts it again.
+    census.eventually("the prefill worker is fenced, or started again", lambda: _is_settled(over_nixl), 60.0)
+    before = census.total(over_nixl, "baton_transfers_total", role="decode", transport="nixl", outcome="committed")
+
+    def goes_by_nixl_again() -> bool:
+        assert said(ask(over_nixl, request | {"cache_salt": f"later-{time.monotonic()}"})) == expected
+        return census.total(over_nixl, "baton_transfers_total", role="decode", transport="nixl") > before
+
+    census.eventually("KV comes by nixl again", goes_by_nixl_again, 60.0)
+    assert census.total(over_nixl, "baton_verification_failures_total", role="decode") == 0
+    census.at_rest(over_nixl)
