@@ -2,7 +2,7 @@
 
             cpu                                       cuda
 native      C++ kernels (the default on the CPU)      -
-triton      in Triton's interpreter: a proof          compiled (the default where there is a GPU)
+triton      in Triton's interpreter: a proof          compiled; not served yet (engine/worker.py)
 reference   plain torch, where nothing compiles       -
 
 Nothing here imports torch or Triton before it must: a machine that lacks Triton never hears of it.
@@ -68,15 +68,11 @@ def choose(kernels: Kernels | None, device: Device | None, deterministic: bool, 
     """Kernels and device of a worker; None: whichever is best here. Raises: ConfigInvalid."""
     if device is Device.CUDA:
         return _on_asked_gpu(kernels, machine)
-    gpu = machine.gpu() if device is None and kernels in (None, Kernels.TRITON) else ""
-    if gpu and machine.triton():
-        return Dispatch(Kernels.TRITON, Device.CUDA, f"there is a GPU: {gpu}")
-    why_cpu = "there is a GPU, but no Triton: install the extra gpu (baton-serving[gpu]); " if gpu else ""
     match kernels:
         case Kernels.TRITON:
             if device is None:
-                rule = "this process sees no GPU; --device cpu runs them in Triton's interpreter, a proof, not for speed"
-                raise ConfigInvalid("kernels", kernels.value, rule if not gpu else _NO_TRITON)
+                rule = "no device is stated; --device cpu runs them in Triton's interpreter: a proof, not for speed"
+                raise ConfigInvalid("kernels", kernels.value, rule)
             _need_triton("kernels", kernels.value, machine)
             return Dispatch(kernels, Device.CPU, "asked for")
         case Kernels.NATIVE:
@@ -87,7 +83,7 @@ def choose(kernels: Kernels | None, device: Device | None, deterministic: bool, 
             _refuse_references(deterministic, "reference kernels were asked for")
             return Dispatch(kernels, Device.CPU, "asked for")
         case None:
-            return _best_on_cpu(deterministic, machine, why_cpu)
+            return _best_on_cpu(deterministic, machine)
 
 
 _NO_TRITON = "Triton is not installed: install the extra gpu (baton-serving[gpu])"
@@ -104,12 +100,12 @@ def _on_asked_gpu(kernels: Kernels | None, machine: Machine) -> Dispatch:
     return Dispatch(Kernels.TRITON, Device.CUDA, "asked for")
 
 
-def _best_on_cpu(deterministic: bool, machine: Machine, why_cpu: str) -> Dispatch:
+def _best_on_cpu(deterministic: bool, machine: Machine) -> Dispatch:
     lack = machine.native_lacks()
     if not lack:
-        return Dispatch(Kernels.NATIVE, Device.CPU, f"{why_cpu}the fastest on a CPU")
+        return Dispatch(Kernels.NATIVE, Device.CPU, "the fastest on a CPU")
     _refuse_references(deterministic, lack)
-    return Dispatch(Kernels.REFERENCE, Device.CPU, f"{why_cpu}several times slower than native: {lack}")
+    return Dispatch(Kernels.REFERENCE, Device.CPU, f"several times slower than native: {lack}")
 
 
 def _need_triton(field: str, value: str, machine: Machine) -> None:

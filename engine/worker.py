@@ -164,6 +164,9 @@ def load_replica(spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
 def _dispatch(spec: ReplicaSpec) -> Dispatch:
     """Decide, say so, and make Triton ready for it."""
     dispatch = choose(spec.kernels, spec.device, spec.deterministic, ThisMachine())
+    if dispatch.device is Device.CUDA:
+        rule = "weights and KV cannot be kept in a GPU's memory yet, though its kernels are there: use --device cpu"
+        raise ConfigInvalid("device", "cuda", rule)
     enter(dispatch)
     level = logging.WARNING if dispatch.kernels is Kernels.REFERENCE else logging.INFO
     log.log(level, "kernels: %s on %s: %s", dispatch.kernels, dispatch.device, dispatch.reason)

@@ -51,7 +51,7 @@ class WorkerConfig(RegistryConfig):
     )
     device: Device | None = option(
         None,
-        help="where weights and KV are; auto: the GPU if there is one",
+        help="where weights and KV are; auto: cpu; cuda is refused, its memory is not managed yet",
         parse=_device_or_auto,
         metavar="auto|cpu|cuda",
     )

@@ -436,11 +436,11 @@ class Engine(_Part):
     prefix_caching: bool = Field(default=True, description="keep finished blocks for prompts that begin alike")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="type of weights and KV in memory")
     device: Literal["cpu", "cuda"] | None = Field(
-        default=None, description="where workers keep weights and KV; default: the GPU where a worker sees one"
+        default=None, description="where workers keep weights and KV; default: cpu. cuda: workers refuse it for now"
     )
     kernels: Literal["native", "triton", "reference"] | None = Field(
         default=None,
-        description="who computes; default: native on the CPU, triton on a GPU. triton on the CPU proves, but crawls",
+        description="who computes; default: native where it can be had. triton (device cpu): a proof, not for speed",
     )
 
 

@@ -45,11 +45,9 @@ BARE = {"triton_version": "", "native_lack": "no C++ compiler"}
     [
         (None, None, {}, (Kernels.NATIVE, Device.CPU)),
         (None, None, BARE, (Kernels.REFERENCE, Device.CPU)),
-        (None, None, {"gpu_name": GPU}, (Kernels.TRITON, Device.CUDA)),
-        (None, None, {"gpu_name": GPU, "triton_version": ""}, (Kernels.NATIVE, Device.CPU)),
+        (None, None, {"gpu_name": GPU}, (Kernels.NATIVE, Device.CPU)),
         (None, Device.CPU, {"gpu_name": GPU}, (Kernels.NATIVE, Device.CPU)),
         (None, Device.CUDA, {"gpu_name": GPU}, (Kernels.TRITON, Device.CUDA)),
-        (Kernels.TRITON, None, {"gpu_name": GPU}, (Kernels.TRITON, Device.CUDA)),
         (Kernels.TRITON, Device.CPU, {"gpu_name": GPU}, (Kernels.TRITON, Device.CPU)),
         (Kernels.NATIVE, None, {"gpu_name": GPU}, (Kernels.NATIVE, Device.CPU)),
         (Kernels.REFERENCE, None, {"gpu_name": GPU}, (Kernels.REFERENCE, Device.CPU)),
@@ -71,7 +69,6 @@ def test_the_best_that_was_asked_for_and_is_there_is_chosen(
         (Kernels.TRITON, Device.CUDA, {}, "this process sees no GPU"),
         (None, Device.CUDA, {"gpu_name": GPU, "triton_version": ""}, r"extra gpu \(baton-serving\[gpu\]\)"),
         (Kernels.TRITON, Device.CPU, {"triton_version": ""}, r"extra gpu \(baton-serving\[gpu\]\)"),
-        (Kernels.TRITON, None, {"gpu_name": GPU, "triton_version": ""}, r"extra gpu \(baton-serving\[gpu\]\)"),
         (Kernels.TRITON, None, {}, "--device cpu runs them in Triton's interpreter"),
         (Kernels.NATIVE, Device.CUDA, {"gpu_name": GPU}, "the native kernels run on the CPU alone"),
         (Kernels.REFERENCE, Device.CUDA, {"gpu_name": GPU}, "the reference kernels run on the CPU alone"),
@@ -118,6 +115,17 @@ def test_triton_on_the_cpu_means_its_interpreter_and_on_a_gpu_never(monkeypatch:
     assert os.environ["TRITON_INTERPRET"] == "1"
     with pytest.raises(ConfigInvalid, match="TRITON_INTERPRET is set"):
         enter(Dispatch(Kernels.TRITON, Device.CUDA, ""))
+
+
+def test_a_worker_refuses_a_gpu_until_it_can_keep_its_memory_there(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from engine import worker
+
+    monkeypatch.setattr(worker, "ThisMachine", lambda: FakeMachine(gpu_name=GPU))
+    spec = worker.ReplicaSpec(model=tiny_llama, device=Device.CUDA)
+    with pytest.raises(ConfigInvalid, match="cannot be kept in a GPU's memory yet"):
+        worker.load_replica(spec, lambda phase, fraction: None)
 
 
 def test_a_machine_without_a_compiler_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
