@@ -11,16 +11,18 @@ import logging
 import secrets
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from baton_operator.api import Api
 from baton_operator.cache import Cache
 from baton_operator.errors import ApiError, Conflict, Refused
+from baton_operator.kinds import BY_KIND
 from baton_operator.metrics import Metrics
 from baton_operator.objects import (
     API_VERSION,
     SERVICE_KIND,
+    SERVICE_LABEL,
     Desired,
     GatewayReport,
     Manifest,
@@ -28,6 +30,8 @@ from baton_operator.objects import (
     RandomSecret,
     Ref,
     StepFailure,
+    Trouble,
+    Where,
     is_owned,
     ref_of,
 )
@@ -37,6 +41,7 @@ from baton_operator.plan import (
     AskGateways,
     Delete,
     Event,
+    LookAtPods,
     MakeSecret,
     Probe,
     RequeueAfter,
@@ -44,6 +49,7 @@ from baton_operator.plan import (
     Status,
     Step,
 )
+from baton_operator.pods import troubles_of
 from baton_operator.probe import Gateways, WrongSecret, addresses_of
 
 log = logging.getLogger(__name__)
@@ -59,6 +65,7 @@ class Outcome:
     failures: list[StepFailure] = field(default_factory=list[StepFailure])
     probes: dict[str, ProbeReport] = field(default_factory=dict[str, ProbeReport])
     gateways: tuple[GatewayReport, ...] | None = None
+    troubles: Mapping[Where, Trouble] | None = None  # None: pods were not looked at
     secrets: dict[Ref, Manifest | None] = field(default_factory=dict[Ref, "Manifest | None"])  # made; None: deleted
     requeue_s: float | None = None
 
@@ -93,6 +100,8 @@ class Executor:
         match step:
             case Probe() | AskGateways():
                 await self._ask(view, desired, step, outcome)
+            case LookAtPods():
+                outcome.troubles = await self._look_at_pods(desired)
             case RequeueAfter():
                 outcome.requeue_s = step.seconds
             case Event():
@@ -169,6 +178,15 @@ class Executor:
             return False
         return True
 
+    async def _look_at_pods(self, desired: Desired) -> dict[Where, Trouble]:
+        """Nothing depends on it: without the right to list them, the status says less."""
+        ours = replace(BY_KIND["v1", "Pod"], selector=f"{SERVICE_LABEL}={desired.name}")
+        try:
+            return troubles_of([pod async for page in self._api.list(ours, desired.namespace) for pod in page.items])
+        except Refused as error:
+            log.warning("%s/%s: cannot say why pods are missing: %s", desired.namespace, desired.name, error)
+            return {}
+
     async def _read_secret(self, desired: Desired) -> str:
         """What the service's gateways know us by. Raises: Refused if it is not there."""
         internal = desired.secrets[0]
@@ -228,5 +246,5 @@ def _ref_of(step: Step) -> Ref:
             return ref_of(step.secret.manifest)
         case Scale() | Delete() | Status():
             return step.ref
-        case Probe() | AskGateways() | Event() | RequeueAfter():
+        case Probe() | AskGateways() | LookAtPods() | Event() | RequeueAfter():
             return Ref(API_VERSION, SERVICE_KIND, "")

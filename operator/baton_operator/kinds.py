@@ -82,6 +82,8 @@ KINDS: tuple[Kind, ...] = (
         "v1", "Secret", "secrets", ("get", "create", "delete"),
         "a service's own secrets: drawn once; the one of its gateways is shown to them",
     ),
+    # Not watched: a thousand services have many pods, and only one that does not start has anything to tell.
+    Kind("v1", "Pod", "pods", ("list",), "why one does not start: listed while a pool or gateway lacks some"),
     Kind("discovery.k8s.io/v1", "EndpointSlice", "endpointslices", ("list", "watch"), "addresses of the gateways"),
     Kind("v1", "Event", "events", ("create",), "what was done, on the LLMService"),
 )  # fmt: skip

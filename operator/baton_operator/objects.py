@@ -148,6 +148,22 @@ class GatewayReport:
     is_registry_connected: bool = True
 
 
+Where: TypeAlias = tuple[str, str]
+"""Revision ("" for gateways and Redis) and component of pods."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What a pod that should run waits for in vain."""
+
+    pod: str
+    reason: str  # one word, fit for a condition
+    words: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.words}; pod {self.pod}"
+
+
 @dataclass(frozen=True, slots=True)
 class StepFailure:
     """A step of the last pass that the API server refused (not: a conflict or a lost connection, which are retried)."""
@@ -171,3 +187,5 @@ class Observed:
     gateways: tuple[GatewayReport, ...] = ()  # of the last AskGateways; empty after a restart
     gateways_at: float = float("-inf")
     failures: tuple[StepFailure, ...] = ()  # of the last pass, for the condition Degraded
+    troubles: Mapping[Where, Trouble] = field(default_factory=dict[Where, Trouble])  # of the last LookAtPods
+    pods_at: float = float("-inf")

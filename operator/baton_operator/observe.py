@@ -15,6 +15,8 @@ from baton_operator.objects import (
     ProbeReport,
     Ref,
     StepFailure,
+    Trouble,
+    Where,
 )
 
 _SLICES = "EndpointSlice"
@@ -29,6 +31,8 @@ class Memory:
     gateways: tuple[GatewayReport, ...] = ()
     gateways_at: float = float("-inf")
     failures: tuple[StepFailure, ...] = ()
+    troubles: Mapping[Where, Trouble] = field(default_factory=dict[Where, Trouble])
+    pods_at: float = float("-inf")
     secrets: Mapping[Ref, Manifest] = field(default_factory=dict[Ref, Manifest])
     secrets_at: float = float("-inf")
     secret: str | None = None  # what the gateways know us by, once it was read
@@ -71,4 +75,6 @@ def observe(view: View, memory: Memory) -> Observed:
         gateways=memory.gateways,
         gateways_at=memory.gateways_at,
         failures=memory.failures,
+        troubles=memory.troubles,
+        pods_at=memory.pods_at,
     )

@@ -46,7 +46,7 @@ from baton_operator.rollout import (
     trial_sizes,
     worker_counts,
 )
-from baton_operator.status import Situation, pool_status, service_status
+from baton_operator.status import Situation, missing_since, pool_status, service_status
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,13 @@ class AskGateways:
 
 
 @dataclass(frozen=True, slots=True)
+class LookAtPods:
+    """List the service's pods; keep what they wait for in vain (pods.troubles_of) and plan again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """A Kubernetes Event on the LLMService. Emitted with the step before it, so never for a pass without change."""
 
@@ -138,14 +145,16 @@ class RequeueAfter:
     reason: str
 
 
-Step: TypeAlias = Apply | MakeSecret | Scale | Delete | Probe | AskGateways | Event | Status | RequeueAfter
-"""In order. Everything but Probe, AskGateways, Event and RequeueAfter mutates."""
+Step: TypeAlias = Apply | MakeSecret | Scale | Delete | Probe | AskGateways | LookAtPods | Event | Status | RequeueAfter
+"""In order. Everything but Probe, AskGateways, LookAtPods, Event and RequeueAfter mutates."""
 
 
 PROBE_RETRY_S = 5.0
 PROBE_INTERVAL_S = 120.0  # of a service at rest
 ASK_INTERVAL_S = 2.0  # while gateways take up a new serving revision; kubelets bring it to them within a minute or so
 TAKEN_RETRY_S = 10.0
+LOOK_AFTER_S = 5.0  # pods that start as they should are not looked at
+LOOK_INTERVAL_S = 300.0  # at the most: of pods that have been missing for long
 
 
 def plan(desired: Desired, observed: Observed, now: float) -> tuple[Step, ...]:
@@ -189,6 +198,7 @@ class _Planner:
             self._apply(manifest)
         self._prune()
         self._ask()
+        self._look_at_pods()
         self._tell()
         return (*self.steps, *sorted(self.wakes, key=lambda wake: wake.seconds)[:1])
 
@@ -363,6 +373,31 @@ class _Planner:
     def _ask_gateways(self, reason: str) -> None:
         if not any(isinstance(step, AskGateways) for step in self.steps):
             self.steps.append(AskGateways(reason))
+
+    def _look_at_pods(self) -> None:
+        """While some are missing: soon after that began, then ever more seldom."""
+        if not self._lacks_pods():
+            return
+        since = max(self.rollout.since, missing_since(self.observed.service) or self.now)
+        last = max(self.observed.pods_at, since)
+        interval = min(LOOK_INTERVAL_S, max(LOOK_AFTER_S, (last - since) / 4))
+        wait = last + interval - self.now
+        words = "why do pods not start?"
+        if 0 < wait <= interval:
+            self.wakes.append(RequeueAfter(wait, words))
+            return
+        self.steps.append(LookAtPods(words))
+        self.wakes.append(RequeueAfter(interval, words))
+
+    def _lacks_pods(self) -> bool:
+        facts, trial = self.facts, self.rollout.candidate
+        if not facts.is_up(self.rollout.serving, facts.sizes):
+            return True
+        if trial is not None and not facts.is_up(trial, trial_sizes(self.desired, facts)):
+            return True
+        if facts.num_ready_gateways < int(self.desired.gateway["spec"]["replicas"]):
+            return True
+        return any(not report.is_registry_connected for report in self.observed.gateways)  # Redis may be missing
 
     # ------------------------------------------------------------ status
 

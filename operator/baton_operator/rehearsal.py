@@ -25,6 +25,7 @@ from baton_operator.plan import (
     AskGateways,
     Delete,
     Event,
+    LookAtPods,
     MakeSecret,
     Probe,
     RequeueAfter,
@@ -104,7 +105,7 @@ class _Stage:
                     self.objects[ref]["status"] = status
             case Probe(revision=revision, is_remote=is_remote):
                 self.probes[revision] = ProbeReport(revision, self.now, True, is_remote, "as it should")
-            case AskGateways() | Event() | RequeueAfter():
+            case AskGateways() | LookAtPods() | Event() | RequeueAfter():
                 pass
 
     def _put(self, manifest: Manifest) -> None:
@@ -140,6 +141,8 @@ def describe(step: Step) -> str:
             return f"probe revision {revision}: one prompt through {way}"
         case AskGateways(reason=reason):
             return f"ask every gateway: {reason}"
+        case LookAtPods(reason=reason):
+            return f"look at the pods: {reason}"
         case Event(message=message):
             return message
         case Status(ref=ref):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -25,6 +25,8 @@ from baton_operator.objects import (
     Observed,
     ProbeReport,
     Ref,
+    Trouble,
+    Where,
     is_owned,
     ref_of,
     status_of,
@@ -84,6 +86,7 @@ class Facts:
     sizes: Mapping[str, int]  # how many workers each role should have
     probes: Mapping[str, ProbeReport]
     num_ready_gateways: int
+    troubles: Mapping[Where, Trouble] = field(default_factory=dict[Where, Trouble])  # of pods, as last looked at
 
     def of(self, revision: str | None, role: str) -> Workers | None:
         return self.workers.get((revision, role)) if revision else None
@@ -104,6 +107,11 @@ class Facts:
         found = [(self.of(revision, role), sizes[role]) for role in ROLES]
         return all(workers is not None and workers.is_settled and workers.ready >= size for workers, size in found)
 
+    def why(self, revision: str, component: str) -> str:
+        """Why some are missing, to be added to how many are; empty where no pod said."""
+        trouble = self.troubles.get((revision, component))
+        return f" ({trouble})" if trouble is not None else ""
+
     def ready(self, revision: str, role: str) -> int:
         workers = self.of(revision, role)
         return workers.ready if workers is not None else 0
@@ -120,7 +128,7 @@ def gather_facts(desired: Desired, observed: Observed) -> Facts:
             workers[labels[REVISION_LABEL], role] = _workers(ref, body)
     sizes = {role: _size(desired, observed, role) for role in ROLES}
     num_ready_gateways = int(status_of(observed.objects.get(ref_of(desired.gateway))).get("readyReplicas", 0))
-    return Facts(workers, sizes, observed.probes, num_ready_gateways)
+    return Facts(workers, sizes, observed.probes, num_ready_gateways, observed.troubles)
 
 
 def read_rollout(config_map: Manifest | None, desired: Desired, observed: Observed, facts: Facts) -> Rollout | None:
@@ -262,7 +270,8 @@ def _missing(revision: str, desired: Desired, facts: Facts) -> str:
     sizes = trial_sizes(desired, facts)
     found = {role: facts.of(revision, role) for role in ROLES}
     return ", ".join(
-        f"{workers.ready if workers else 0} of {sizes[role]} {role} workers ready" for role, workers in found.items()
+        f"{workers.ready if workers else 0} of {sizes[role]} {role} workers ready{facts.why(revision, role)}"
+        for role, workers in found.items()
     )
 
 

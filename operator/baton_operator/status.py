@@ -52,6 +52,11 @@ class Situation:
 _RETRY = "Apply a mended spec; this one is tried again only after another one (the former one will do)"
 
 
+_WHOLE = {
+    "PrefillReady": "True", "DecodeReady": "True", "GatewayReady": "True", "Progressing": "False", "Degraded": "False",
+}  # fmt: skip
+
+
 def service_status(situation: Situation, now: float) -> dict[str, Any]:
     desired, facts, rollout = situation.desired, situation.facts, situation.rollout
     old = status_of(situation.observed.service)
@@ -90,6 +95,13 @@ def invalid_status(service: Manifest, message: str, now: float) -> dict[str, Any
     return {**old, "conditions": [_condition(verdict, old, generation, now) for verdict in verdicts]}
 
 
+def missing_since(service: Manifest) -> float | None:
+    """When the status came to say that something is missing, or that something more is; None: it says no such thing."""
+    said = [_found(status_of(service), kind) for kind in _WHOLE]
+    changes = [found for found in said if found is not None and found["status"] != _WHOLE[found["type"]]]
+    return max((datetime.fromisoformat(found["lastTransitionTime"]).timestamp() for found in changes), default=None)
+
+
 def judge(situation: Situation, old: Mapping[str, Any]) -> tuple[Verdict, ...]:
     """Every condition, Ready first."""
     parts = (*(_pool_ready(situation, role) for role in ROLES), _gateway_ready(situation))
@@ -105,6 +117,8 @@ def _pool_ready(situation: Situation, role: str) -> Verdict:
     kind, words = f"{role.capitalize()}Ready", f"{ready} of {size} {role} workers ready"
     if size == 0:
         return Verdict(kind, True, "NoneWanted", f"no {role} worker is wanted")
+    if ready < size:
+        words += situation.facts.why(situation.rollout.serving, role)
     if ready == 0:
         return Verdict(kind, False, "NoneReady", words)
     return Verdict(kind, True, "AllReady" if ready >= size else "SomeReady", words)
@@ -113,6 +127,8 @@ def _pool_ready(situation: Situation, role: str) -> Verdict:
 def _gateway_ready(situation: Situation) -> Verdict:
     wanted, ready = int(situation.desired.gateway["spec"]["replicas"]), situation.facts.num_ready_gateways
     words = f"{ready} of {wanted} gateways ready"
+    if ready < wanted:
+        words += situation.facts.why("", "gateway")
     if ready == 0:
         return Verdict("GatewayReady", False, "NoneReady", words)
     live = situation.observed.objects.get(ref_of(situation.desired.gateway))
@@ -136,7 +152,7 @@ def _transfer_ready(situation: Situation, old: Mapping[str, Any]) -> Verdict:
 def _ready(situation: Situation, parts: tuple[Verdict, ...], old: Mapping[str, Any]) -> Verdict:
     missing = [part for part in parts if part.status is not True]
     if missing:
-        return Verdict("Ready", False, "NotUp", ", ".join(part.message for part in missing))
+        return Verdict("Ready", False, _trouble(situation) or "NotUp", "; ".join(part.message for part in missing))
     probe = _serving_probe(situation)
     if probe is None:
         return _kept(old, "Ready") or Verdict(
@@ -150,7 +166,10 @@ def _ready(situation: Situation, parts: tuple[Verdict, ...], old: Mapping[str, A
 def _progressing(situation: Situation) -> Verdict:
     rollout, facts = situation.rollout, situation.facts
     if rollout.candidate:
-        seen = ", ".join(f"{facts.ready(rollout.candidate, role)} {role} workers ready" for role in ROLES)
+        seen = ", ".join(
+            f"{facts.ready(rollout.candidate, role)} {role} workers ready{facts.why(rollout.candidate, role)}"
+            for role in ROLES
+        )
         words = f"revision {rollout.candidate} is on trial beside {rollout.serving}: {seen}"
         if facts.num_ready_gateways == 0:
             words += ", no gateway is ready to probe it"
@@ -166,14 +185,15 @@ def _progressing(situation: Situation) -> Verdict:
 
 
 def _degraded(situation: Situation) -> Verdict:
-    rollout, desired = situation.rollout, situation.desired
+    rollout, desired, facts = situation.rollout, situation.desired, situation.facts
     if situation.refused:
         return Verdict("Degraded", True, "Refused", "; ".join(situation.refused))
     if rollout.failed == desired.revision:
         words = f"revision {rollout.failed} was rolled back, {rollout.serving} serves: {rollout.failure}. {_RETRY}"
         return Verdict("Degraded", True, "RolledBack", words)
     if any(not report.is_registry_connected for report in situation.observed.gateways):
-        return Verdict("Degraded", True, "RegistryLost", "gateways route by what they knew last, and by DNS")
+        words = f"gateways route by what they knew last, and by DNS{facts.why('', 'redis')}"
+        return Verdict("Degraded", True, "RegistryLost", words)
     if desired.warnings:
         return Verdict("Degraded", False, "Warnings", "; ".join(desired.warnings))
     return Verdict("Degraded", False, "AsExpected", "nothing is wrong")
@@ -184,6 +204,13 @@ def _degraded(situation: Situation) -> Verdict:
 
 def _serving_probe(situation: Situation) -> ProbeReport | None:
     return situation.facts.probes.get(situation.rollout.serving)
+
+
+def _trouble(situation: Situation) -> str | None:
+    """The reason that the first part which is missing gives: what `kubectl get llm` shows."""
+    serving = situation.rollout.serving
+    wheres = ((serving, "prefill"), (serving, "decode"), ("", "gateway"))
+    return next((found.reason for where in wheres if (found := situation.facts.troubles.get(where))), None)
 
 
 def _pool_counts(facts: Facts, serving: str, role: str) -> dict[str, Any]:

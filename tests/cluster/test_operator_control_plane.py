@@ -235,7 +235,10 @@ def test_the_role_allows_what_is_called_and_nothing_else(world: World) -> None:
     world.apply({**SPEC, "engine": {"maxNumSeqs": 7}, "networkPolicies": False, "redis": {"mode": "None"}})
     until("second serves", lambda: _serves_asked(world) and _revisions(world) == 1)
     until("secret pruned", lambda: world.namespace.get("v1", "secrets", "chat-redis") is None)
-    used = {call.permission for call in world.proxy.recording.calls if call.verb != "discover"}
+    world.kubelet.breaks_new = True
+    world.apply({**SPEC, "engine": {"maxNumSeqs": 8}})
+    until("pods that do not start are looked at", lambda: ("", "pods", "list") in _permissions(world))
+    used = _permissions(world)
     mandatory = [kind for kind in kinds.KINDS if not kind.is_optional]
     allowed = {
         (group, resource, verb)
@@ -273,6 +276,10 @@ def test_in_cluster_mode_services_of_every_namespace_are_served(world: World) ->
         world.until_quiet()
         assert set(world.proxy.recording.created.values()) <= {1}
     other.remove()
+
+
+def _permissions(world: World) -> set[tuple[str, str, str]]:
+    return {call.permission for call in world.proxy.recording.calls if call.verb != "discover"}
 
 
 def _revisions(world: World) -> int:

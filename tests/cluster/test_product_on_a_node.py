@@ -276,11 +276,14 @@ def test_another_image_takes_over_whole_under_traffic(product: Product) -> None:
 
 def test_an_image_that_never_runs_is_rolled_back_under_traffic(product: Product) -> None:
     before = product.service()["status"]["servingRevision"]
-    image = product.service()["spec"]["image"]["worker"]
+    image, missing = product.service()["spec"]["image"]["worker"], "localhost/baton-worker:missing"
     with product.traffic():
-        worse = {"image": {"worker": "localhost/baton-worker:missing"}, "rollout": {"progressDeadline": "15s"}}
+        worse = {"image": {"worker": missing}, "rollout": {"progressDeadline": "15s"}}
         product.patch(worse)
         product.wait_until("rolled back", lambda: product.condition("Degraded")["reason"] == "RolledBack")
+        why = f"ImagePullBackOff: the image {missing} cannot be pulled"
+        assert why in product.condition("Degraded")["message"]
+        assert why in product.kubectl("describe", "llm", product.name)
         assert product.service()["status"]["servingRevision"] == before
         assert has_condition(product, "Ready")
         product.patch({"image": {"worker": image}})

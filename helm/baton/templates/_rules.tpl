@@ -58,6 +58,10 @@
 - apiGroups: ['']
   resources: [secrets]
   verbs: [get, create, delete]
+# why one does not start: listed while a pool or gateway lacks some
+- apiGroups: ['']
+  resources: [pods]
+  verbs: [list]
 # addresses of the gateways
 - apiGroups: [discovery.k8s.io]
   resources: [endpointslices]
