@@ -17,6 +17,7 @@ from baton_operator.cache import Cache, Key
 from baton_operator.desired import Platform, desire
 from baton_operator.errors import ApiError, TryAgain
 from baton_operator.metrics import Metrics
+from baton_operator.newer_fields import without_newer_fields
 from baton_operator.objects import Desired, Manifest, Ref, ref_of, status_of
 from baton_operator.observe import Memory, View, look, observe
 from baton_operator.plan import plan
@@ -102,8 +103,13 @@ class Reconciler:
     def _desire(self, view: View) -> Desired:
         """Raises: ResourceError."""
         metadata = view.service["metadata"]
-        service = live_service(view.service)
-        return desire(service, self._settings.platform, uid=view.uid, generation=metadata["generation"])
+        spec, newer = without_newer_fields(view.service.get("spec") or {})
+        service = live_service({**view.service, "spec": spec})
+        desired = desire(service, self._settings.platform, uid=view.uid, generation=metadata["generation"])
+        if not newer:
+            return desired
+        words = f"this operator is older than the CRD and does not know {', '.join(newer)}: upgrade it"
+        return replace(desired, warnings=(*desired.warnings, words))
 
     async def _refuse(self, key: Key, view: View, message: str) -> None:
         """A spec that cannot be read: say so, change nothing else."""
@@ -141,8 +147,6 @@ class Reconciler:
         memory = replace(memory, probes={report.revision: report for report in newest})
         if outcome.gateways is not None:
             memory = replace(memory, gateways=outcome.gateways, gateways_at=self._clock())
-        if outcome.troubles is not None:
-            memory = replace(memory, troubles=outcome.troubles, pods_at=self._clock())
         secrets = {ref: secret for ref, secret in {**memory.secrets, **outcome.secrets}.items() if secret is not None}
         secrets_at = float("-inf") if outcome.failures else memory.secrets_at  # it may be a Secret that is gone
         memory = replace(memory, secrets=secrets, secrets_at=secrets_at, secret=outcome.secret)
@@ -154,8 +158,7 @@ class Reconciler:
             self._metrics.reconciles.labels("refused").inc()
             self._metrics.errors.labels("Refused").inc()
         else:
-            has_learned = outcome.probes or outcome.gateways is not None or outcome.troubles is not None
-            has_changed = bool(outcome.num_writes or has_learned)
+            has_changed = bool(outcome.num_writes or outcome.probes or outcome.gateways is not None)
             self._metrics.reconciles.labels("changed" if has_changed else "unchanged").inc()
             if not has_changed:
                 self._memories[key] = replace(memory, num_retries=0)

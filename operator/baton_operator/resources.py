@@ -35,7 +35,7 @@ API_VERSION = "serving.baton.dev/v1alpha1"
 KIND = "LLMService"
 MAX_NAME = 40  # what is left of 63 for names of children: chat-prefill-0a1b2c3d and what Kubernetes appends
 
-_QUANTITY = re.compile(r"^(\d+(?:\.\d+)?)\s*(Ki|Mi|Gi|Ti|k|M|G|T)?$")
+_QUANTITY = re.compile(r"^(\d{1,15}(?:\.\d{1,3})?)\s*(Ki|Mi|Gi|Ti|k|M|G|T)?$")
 _QUANTITY_FACTORS = {
     "": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
 }  # fmt: skip
@@ -83,7 +83,7 @@ def parse_amount(value: object) -> object:
 
 _AMOUNT = r"^[0-9]{1,15}([.][0-9]{1,3})?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 _NAME = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
-_QUALIFIED = r"^([a-z0-9.-]{1,253}/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+_QUALIFIED = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
 _INT_OR_STRING: dict[str, Any] = {"x-kubernetes-int-or-string": True, "maxLength": 20}
 
 Quantity = Annotated[
@@ -260,12 +260,18 @@ class Toleration(_Part):
             "self.operator == 'Equal' ? has(self.key) : !has(self.value)",
             "a toleration with operator Equal needs key, one with Exists takes no value",
         ),
+        CelRule(
+            "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+            "tolerationSeconds needs effect NoExecute",
+        ),
     )
 
     @model_validator(mode="after")
     def _check_operator(self) -> Self:
         if self.key is None if self.operator == "Equal" else self.value is not None:
             raise ValueError("a toleration with operator Equal needs key, one with Exists takes no value")
+        if self.toleration_seconds is not None and self.effect != "NoExecute":
+            raise ValueError("tolerationSeconds needs effect NoExecute")
         return self
 
 

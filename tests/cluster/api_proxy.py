@@ -71,7 +71,8 @@ class Fault:
 class WatchFault:
     """What happens to the events of one resource's watches: those that `hides` says are not passed on.
 
-    `ends_with`: at a hidden event the watch breaks: "reset" (connection lost), "gone" (410) or "" (goes on).
+    `ends_with`: at a hidden event the watch breaks: "reset" (connection lost), "gone" (410), "bookmark" (goes on, and
+    says how far it is: an honest API server never says so of what it has not shown) or "" (goes on).
     """
 
     resource: str
@@ -110,6 +111,8 @@ class ApiProxy:
         self.recording = Recording()
         self.faults: list[Fault] = []
         self.watch_faults: list[WatchFault] = []
+        self.repeats_events = False
+        """Every event of every watch comes twice, the second time after the one that follows it."""
 
     @property
     def url(self) -> str:
@@ -231,7 +234,7 @@ class ApiProxy:
                 return _answer(upstream.status, dict(upstream.headers), await upstream.read())
             await response.prepare(request)
             # An event may be larger than a line that aiohttp would read.
-            pending = b""
+            pending = last = b""
             async for chunk in upstream.content.iter_any():
                 *lines, pending = (pending + chunk).split(b"\n")
                 for line in lines:
@@ -242,8 +245,11 @@ class ApiProxy:
                         return response
                     if ending == "reset":
                         return _reset(request)
+                    if ending == "bookmark":
+                        await response.write(_bookmark(line))
                     if ending is None:
-                        await response.write(line + b"\n")
+                        await response.write(line + b"\n" + (last if self.repeats_events else b""))
+                        last = line + b"\n"
         return response
 
     def _ending(self, call: Call, line: bytes) -> str | None:
@@ -268,6 +274,14 @@ class ApiProxy:
             request.method, self._upstream + str(request.rel_url), data=body or None, headers=headers, ssl=self._tls,
             timeout=aiohttp.ClientTimeout(total=None),
         )  # fmt: skip
+
+
+def _bookmark(line: bytes) -> bytes:
+    """What an API server sends to say that a watch has come as far as this event."""
+    shown = json.loads(line)["object"]
+    metadata = {"resourceVersion": shown["metadata"]["resourceVersion"]}
+    bookmark = {"apiVersion": shown["apiVersion"], "kind": shown["kind"], "metadata": metadata}
+    return json.dumps({"type": "BOOKMARK", "object": bookmark}).encode() + b"\n"
 
 
 _GONE = (

@@ -359,6 +359,8 @@ class Operator:
         self._arguments = arguments
         self._port = 0
         self._process: subprocess.Popen[bytes] | None = None
+        self.code = REPOSITORY / "operator"
+        """The folder of the package that the next start runs: that of another version, say."""
 
     def start(self) -> None:
         with socket.socket() as free:
@@ -367,7 +369,7 @@ class Operator:
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith(("BATON_", "KUBERNETES_"))
         }
-        environment |= {"KUBECONFIG": str(self._kubeconfig), "PYTHONPATH": f"{REPOSITORY}/operator"}
+        environment |= {"KUBECONFIG": str(self._kubeconfig), "PYTHONPATH": str(self.code)}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "baton_operator", "run", "--http", f"127.0.0.1:{self._port}", *self._arguments],

@@ -22,6 +22,10 @@ CREATED: list[tuple[str, dict[str, Any]]] = [
         "operator Equal needs key",
         {"pools": {"decode": {"tolerations": [{"operator": "Exists", "key": "gpu", "value": "yes"}]}}},
     ),
+    (
+        "tolerationSeconds needs effect",
+        {"pools": {"decode": {"tolerations": [{"key": "gpu", "tolerationSeconds": 9}]}}},
+    ),
     ("replicas fixes the pool's size", {"pools": {"prefill": {"replicas": 1, "max": 2}}}),
     ("min is greater than max", {"pools": {"prefill": {"min": 3, "max": 2}}}),
     (

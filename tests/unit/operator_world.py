@@ -23,8 +23,6 @@ from baton_operator.objects import (
     Observed,
     ProbeReport,
     Ref,
-    Trouble,
-    Where,
     is_owned,
     ref_of,
 )
@@ -33,7 +31,6 @@ from baton_operator.plan import (
     AskGateways,
     Delete,
     Event,
-    LookAtPods,
     MakeSecret,
     Probe,
     RequeueAfter,
@@ -89,8 +86,6 @@ class Memory:
     probes: dict[str, ProbeReport] = field(default_factory=dict)
     gateways: tuple[GatewayReport, ...] = ()
     gateways_at: float = float("-inf")
-    pods_at: float = float("-inf")
-    troubles: dict[Where, Trouble] = field(default_factory=dict)
 
 
 class Cluster:
@@ -105,7 +100,6 @@ class Cluster:
         self.owned: dict[Ref, dict[str, dict[Path, Any]]] = {}  # by manager
         self.serving: list[str | None] = []  # what each gateway read last
         self.memory = Memory()
-        self.troubles: dict[Where, Trouble] = {}  # what a look at the pods shows
         self.refused: set[str] = set()  # kinds that the API server refuses
         self.service: dict[str, Any] = {
             "apiVersion": API_VERSION, "kind": "LLMService", "spec": {},
@@ -147,8 +141,6 @@ class Cluster:
             probes=dict(self.memory.probes),
             gateways=self.memory.gateways,
             gateways_at=self.memory.gateways_at,
-            troubles=self.memory.troubles,
-            pods_at=self.memory.pods_at,
         )
 
     def plan(self, observed: Observed | None = None) -> tuple[Step, ...]:
@@ -195,8 +187,6 @@ class Cluster:
                     GatewayReport(f"g{i}", seen, self.routed(seen)) for i, seen in enumerate(self.serving)
                 )
                 self.memory.gateways_at = self.now
-            case LookAtPods():
-                self.memory.troubles, self.memory.pods_at = dict(self.troubles), self.now
             case Event():
                 self.events.append(step)
             case RequeueAfter():
@@ -357,3 +347,19 @@ class Cluster:
     def _next_version(self) -> str:
         self.version += 1
         return str(self.version)
+
+
+def open_pools(cluster: Cluster) -> list[str]:
+    """The roles whose size is others' to set."""
+    return [role for role, pool in cluster.desired.pools.items() if pool.replicas is None]
+
+
+@functools.lru_cache(maxsize=256)
+def fresh(spec: str, sizes: tuple[tuple[str, int], ...]) -> dict[str, Any]:
+    """What a fresh apply of a spec makes, with pools scaled to the same sizes by others."""
+    cluster = Cluster(json.loads(spec))
+    cluster.converge()
+    for role, replicas in sizes:
+        cluster.scale(role, replicas)
+    cluster.converge()
+    return cluster.picture()

@@ -8,7 +8,6 @@ cluster is what a fresh apply of the last spec makes.
 from __future__ import annotations
 
 import copy
-import functools
 import json
 from typing import Any
 
@@ -19,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from baton_operator.objects import ROLES, Observed, Ref
 from baton_operator.plan import Apply, Delete, MakeSecret, Scale, Status, Step
-from tests.unit.operator_world import Cluster, Conflict, Memory
+from tests.unit.operator_world import Cluster, Conflict, Memory, fresh, open_pools
 
 GATEWAY = Ref("apps/v1", "Deployment", "chat-gateway")
 ROUTING = Ref("v1", "ConfigMap", "chat-routing")
@@ -47,17 +46,6 @@ def specs(images: st.SearchStrategy[str], replaces: st.SearchStrategy[bool]) -> 
     return st.builds(
         spec_of, images, sizes, SIZES, replaces=replaces, redis=st.booleans(), never=st.booleans()
     )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=256)
-def fresh(spec: str, sizes: tuple[tuple[str, int], ...]) -> dict[str, Any]:
-    """What a fresh apply of a spec makes, with pools scaled to the same sizes by others."""
-    cluster = Cluster(json.loads(spec))
-    cluster.converge()
-    for role, replicas in sizes:
-        cluster.scale(role, replicas)
-    cluster.converge()
-    return cluster.picture()
 
 
 class Rollouts(RuleBasedStateMachine):
@@ -220,7 +208,7 @@ class Rollouts(RuleBasedStateMachine):
             self.cluster.converge()
             self.cluster.set_spec(spec)
             self.cluster.converge()
-        sizes = tuple((role, 2) for role in ROLES if self.cluster.desired.pools[role].replicas is None)
+        sizes = tuple((role, 2) for role in open_pools(self.cluster))
         for role, replicas in sizes:
             self.cluster.scale(role, replicas)
         self.cluster.converge()

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import pytest
 
-from baton_operator.api import Api, Page
-from baton_operator.apply import Executor
+from baton_operator.api import Api
+from baton_operator.apply import Executor, bare_secret
 from baton_operator.cache import Cache
 from baton_operator.desired import Platform
 from baton_operator.errors import ApiError, Conflict, Refused, Unreachable
-from baton_operator.kinds import Kind
 from baton_operator.metrics import Metrics
-from baton_operator.objects import API_VERSION, SERVICE_KIND, SERVICE_LABEL, Ref
+from baton_operator.objects import API_VERSION, SERVICE_KIND, Ref
 from baton_operator.probe import Gateways
 from baton_operator.reconcile import Reconciler, Settings
 
@@ -32,7 +31,6 @@ class FakeApi:
         self.objects: dict[Ref, dict[str, Any]] = {}
         self.calls: list[tuple[str, Ref]] = []
         self.errors: dict[tuple[str, str], ApiError] = {}
-        self.pods: list[Mapping[str, Any]] = []
         self.commits_first = False
         self._versions = itertools.count(100)
 
@@ -71,11 +69,6 @@ class FakeApi:
         if ref in self.objects:
             raise Conflict(f"{ref} exists", 409)
         return self.put(manifest)
-
-    async def list(self, kind: Kind, namespace: str) -> AsyncIterator[Page]:
-        self._called("list", Ref(kind.api_version, kind.kind, kind.kind))
-        assert (kind.plural, kind.selector, namespace) == ("pods", f"{SERVICE_LABEL}=chat", "ns")
-        yield Page(self.pods, 1)
 
     def num(self, verb: str) -> int:
         return sum(called == verb for called, ref in self.calls if ref.kind != "Event")
@@ -197,6 +190,21 @@ async def test_a_deleted_secret_is_noticed_when_it_is_due() -> None:
     assert Ref("v1", "Secret", "chat-internal") in world.api.objects
 
 
+async def test_of_a_secret_only_its_owner_is_kept() -> None:
+    """Of every service there are two in memory; managedFields alone are as large as all else."""
+    secret = {
+        "apiVersion": "v1", "kind": "Secret", "type": "Opaque", "data": {"secret": "eA=="},
+        "metadata": {"name": "chat-internal", "namespace": "ns", "uid": "u", "resourceVersion": "7",
+                     "ownerReferences": [{"uid": "o", "controller": True}],
+                     "labels": {"a": "b"}, "managedFields": [{"manager": "x"}]},
+    }  # fmt: skip
+    assert bare_secret(secret) == {
+        "apiVersion": "v1", "kind": "Secret",
+        "metadata": {"name": "chat-internal", "namespace": "ns", "uid": "u", "resourceVersion": "7",
+                     "ownerReferences": [{"uid": "o", "controller": True}]},
+    }  # fmt: skip
+
+
 async def test_a_service_that_is_being_deleted_is_left_alone() -> None:
     world = World()
     service = world.api.objects[SERVICE]
@@ -205,11 +213,26 @@ async def test_a_service_that_is_being_deleted_is_left_alone() -> None:
     assert world.api.calls == []
 
 
-async def test_a_spec_of_another_schema_is_named_and_nothing_is_touched() -> None:
-    world = World({"nonsense": 1})
+async def test_fields_of_a_newer_crd_are_named_and_the_rest_is_looked_after() -> None:
+    """While a CRD is newer than its operator, every object has the defaults of fields that the operator lacks."""
+    tolerations = [{"key": "gpu", "sinceWhen": 3}]
+    world = World(
+        {"engine": {"maxNumSeqs": 7, "warp": 9}, "pools": {"decode": {"tolerations": tolerations}}, "new": {}}
+    )
+    await world.rest()
+    assert "chat-gateway" in {ref.name for ref in world.api.objects}
+    assert world.condition("Degraded") | {"lastTransitionTime": ""} == {
+        "type": "Degraded", "status": "False", "reason": "Warnings", "observedGeneration": 1, "lastTransitionTime": "",
+        "message": "this operator is older than the CRD and does not know spec.engine.warp, spec.new, "
+        "spec.pools.decode.tolerations[0].sinceWhen: upgrade it",
+    }  # fmt: skip
+
+
+async def test_a_value_of_another_schema_is_named_and_nothing_is_touched() -> None:
+    world = World({"disaggregation": "Nonsense"})
     assert await world.look() is None
     assert world.condition("Ready")["reason"] == "InvalidSpec"
-    assert "nonsense" in world.condition("Degraded")["message"]
+    assert "Nonsense" in world.condition("Degraded")["message"]
     seen = len(world.api.calls)
     await world.look()
     assert len(world.api.calls) == seen
@@ -217,23 +240,3 @@ async def test_a_spec_of_another_schema_is_named_and_nothing_is_touched() -> Non
 
 def _uid(world: World) -> str:
     return world.api.objects[SERVICE]["metadata"]["uid"]
-
-
-async def test_why_pods_are_missing_is_asked_once_it_lasts_and_told() -> None:
-    """Without the right to list pods the status says less, and nothing else suffers."""
-    world = World()
-    await world.rest()
-    world.now += 6
-    container = {"name": "decode", "image": "worker", "state": {"waiting": {"reason": "ErrImagePull"}}}
-    revision = world.api.objects[SERVICE]["status"]["revision"]
-    labels = {"serving.baton.dev/revision": revision, "app.kubernetes.io/component": "decode"}
-    pod = {"metadata": {"name": "chat-decode-1", "labels": labels}, "status": {"containerStatuses": [container]}}
-    world.api.pods = [pod]
-    await world.rest()
-    assert world.condition("Ready")["reason"] == "ImagePullBackOff"
-    assert "the image worker cannot be pulled; pod chat-decode-1" in world.condition("DecodeReady")["message"]
-    world.now += 60
-    world.api.errors["list", "Pod"] = Refused("pods is forbidden", 403)
-    await world.rest()
-    assert world.condition("Ready")["reason"] == "NotUp"
-    assert world.condition("Degraded")["status"] == "False"
