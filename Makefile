@@ -8,7 +8,7 @@ ARGS ?=
 # Paths that pyright and ruff look at come from pyproject.toml.
 .DEFAULT_GOAL := help
 
-.PHONY: help env model cluster-tools images chart up down test lint format bench soak proto clean
+.PHONY: help env model cluster-tools images chart up down test lint format bench bench-transfer soak proto clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,9 @@ format: env ## let ruff put the source in order
 
 bench: env model ## measure; figures with commands belong into docs/log.md
 	@$(PYTHON) -m bench $(ARGS)
+
+bench-transfer: env ## measure how KV moves: nixl, grpc, shared memory against raw copies; a table and transfer.svg
+	@$(PYTHON) -m bench.transfer --plot transfer.svg $(ARGS)
 
 soak: env model cluster-tools ## hundreds of kills; prints run/total
 	@$(PYTHON) -m pytest -m soak -s --timeout 0 $(ARGS)

@@ -1,4 +1,4 @@
-"""Hand-over bandwidth and latency against a raw copy over the same medium, in one run: `python -m bench.transfer`.
+"""Hand-over bandwidth and latency against a raw copy over the same medium, in one run: `make bench-transfer`.
 
 Two processes on this machine. P holds the KV blocks (and a raw TCP server over the same memory); D, this process, moves
 them by every path in turn, each round over other blocks than the last, so that neither end finds them in its caches:
@@ -22,6 +22,7 @@ import argparse
 import asyncio
 import functools
 import json
+import math
 import mmap
 import os
 import secrets
@@ -55,10 +56,15 @@ from kvtransfer.transport import BlockRead, BlockSource, BlockTransport, SourceB
 from workerkit.process import SWITCH_INTERVAL_S
 
 SECRET = Secret("bench")
-BLOCK_SIZES = {16: 737_280, 32: 1_474_560}  # tokens -> bytes of SmolLM2-135M in fp32
-NUM_BLOCKS = 384
+SHAPES = {"135M": 737_280, "1B": 524_288, "8B": 2_097_152}
+"""Bytes of a block of 16 tokens: SmolLM2-135M in float32; Llama 3.2 1B (16 layers, 8 KV heads of 64) and Llama 3.1 8B
+(32 layers, 8 KV heads of 128) in 16 bits.
+"""
+BLOCK_SIZE = 16
+MEMORY_BYTES = 9 << 28  # of each end: 1,024 of the largest blocks, and room to rotate
 STEPPED = "stepped"
 RAW = {"grpc": "tcp raw", "shm": "copy raw", "nixl": "nixl raw"}
+FRAGMENT_STRIDE = 2  # every other block: no two are neighbours
 STEP_TOKENS, STEP_S = 192, 0.4  # a prefill worker's default step, at SmolLM2's 500 tokens/s
 MIB = 1 << 20
 _REQUEST_BYTES = 16
@@ -66,14 +72,19 @@ _REQUEST_BYTES = 16
 # ---------------------------------------------------------------- P
 
 
-async def serve_prefill(block_size: int) -> None:
-    """P: prints one line of JSON, then obeys lines on stdin ("open FIRST COUNT" -> ticket; end of file -> exit)."""
-    block_bytes = BLOCK_SIZES[block_size]
-    fd = sealed_memory("kv", NUM_BLOCKS * block_bytes)
-    memory = memoryview(mmap.mmap(fd, NUM_BLOCKS * block_bytes))
+def blocks_of(block_bytes: int) -> int:
+    """How many blocks each end has."""
+    return MEMORY_BYTES // block_bytes
+
+
+async def serve_prefill(block_bytes: int) -> None:
+    """P: prints one line of JSON, then obeys lines on stdin ("FIRST COUNT STRIDE" -> ticket; end of file -> exit)."""
+    num_blocks, block_size = blocks_of(block_bytes), BLOCK_SIZE
+    fd = sealed_memory("kv", num_blocks * block_bytes)
+    memory = memoryview(mmap.mmap(fd, num_blocks * block_bytes))
     np.frombuffer(memory, np.uint64)[:] = np.arange(len(memory) // 8, dtype=np.uint64)
     source = BlockSource(memory, block_bytes, secrets.token_bytes(16))
-    backend = SteppingBackend(NUM_BLOCKS, block_size)
+    backend = SteppingBackend(num_blocks, block_size)
     shm = ShmBlockServer(source, fd, SECRET)
     nixl = NixlMemory(source) if nixl_agent.is_available() else None
     worker = pb.WorkerInfo(
@@ -83,7 +94,7 @@ async def serve_prefill(block_size: int) -> None:
         layout_fingerprint="bench",
         block_size=block_size,
         block_bytes=block_bytes,
-        num_blocks=NUM_BLOCKS,
+        num_blocks=num_blocks,
         shared_memory_socket=await shm.start(),
         host_id=host_id(),
         nixl=nixl.info if nixl else None,
@@ -97,10 +108,10 @@ async def serve_prefill(block_size: int) -> None:
     hello = {"port": port, "raw_port": _serve_raw(memory, block_bytes), "worker": worker.SerializeToString().hex()}
     print(json.dumps(hello), flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):
-        first, count = map(int, line.split())
+        ids = _ids(*map(int, line.split()), num_blocks)
         ticket = secrets.token_bytes(16)
         source.open(ticket)
-        source.publish(ticket, _blocks(first, count))
+        source.publish(ticket, _blocks(ids))
         print(ticket.hex(), flush=True)
     os._exit(0)
 
@@ -137,8 +148,12 @@ class SteppingBackend(FakePrefillBackend):
             self.deliver(events)
 
 
-def _blocks(first: int, count: int) -> list[SourceBlock]:
-    return [SourceBlock(i, (first + i) % NUM_BLOCKS, 1) for i in range(count)]
+def _ids(first: int, count: int, stride: int, num_blocks: int) -> list[int]:
+    return [(first + i * stride) % num_blocks for i in range(count)]
+
+
+def _blocks(ids: Sequence[int]) -> list[SourceBlock]:
+    return [SourceBlock(i, block_id, 1) for i, block_id in enumerate(ids)]
 
 
 def _serve_raw(memory: memoryview, block_bytes: int) -> int:
@@ -148,8 +163,8 @@ def _serve_raw(memory: memoryview, block_bytes: int) -> int:
         connection, _ = listener.accept()
         while request := connection.recv(_REQUEST_BYTES):
             first, count = map(int, request.split())
-            for block in _blocks(first, count):
-                start = block.block_id * block_bytes
+            for block_id in _ids(first, count, 1, blocks_of(block_bytes)):
+                start = block_id * block_bytes
                 for offset in range(start, start + block_bytes, MIB):
                     connection.sendall(memory[offset : min(offset + MIB, start + block_bytes)])
 
@@ -170,6 +185,7 @@ class Row:
     gb_per_s: float
     ratio: float | None = None  # of the raw copy over the same medium
     ratio_best: float | None = None
+    cpu_s_per_gb: float | None = None  # of both processes, user and system
     overhead_ms_p50: float | None = None  # of a whole hand-over beyond the raw copy
     overhead_ms_p99: float | None = None
 
@@ -183,10 +199,16 @@ class Peer:
         self.worker = pb.WorkerInfo.FromString(bytes.fromhex(hello["worker"]))
         self.raw = socket.create_connection(("127.0.0.1", hello["raw_port"]))
 
-    async def open(self, first: int, count: int) -> bytes:
+    def cpu_s(self) -> float:
+        """Of the processors, by both processes, so far."""
+        with open(f"/proc/{self.process.pid}/stat") as file:
+            user, system = file.read().rsplit(") ", 1)[1].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK") + time.process_time()
+
+    async def open(self, first: int, count: int, stride: int) -> bytes:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(f"{first} {count}\n".encode())
+        self.process.stdin.write(f"{first} {count} {stride}\n".encode())
         return bytes.fromhex((await self.process.stdout.readline()).decode())
 
 
@@ -195,27 +217,29 @@ class Bench:
         self._peer = peer
         self._rounds = rounds
         self._block_bytes = peer.worker.block_bytes
-        buffer = np.ones(NUM_BLOCKS * self._block_bytes, np.uint8)  # touched: page faults are not what we measure
+        self._num_blocks = peer.worker.num_blocks
+        buffer = np.ones(self._num_blocks * self._block_bytes, np.uint8)  # touched: page faults are not what we measure
         self._destinations = memoryview(buffer)
         self._next = 0
         self._shm = ShmBlockTransport(peer.worker, SECRET)
         self._grpc = GrpcBlockTransport(peer.address, SECRET, self._block_bytes)
         self._transports: dict[str, BlockTransport] = {"grpc": self._grpc, "shm": self._shm}
+        self._reader: NixlReader | None = None
         if nixl_agent.is_available():
             self._reader = NixlReader("bench", self._destinations, self._block_bytes)
             self._transports["nixl"] = NixlBlockTransport(peer.address, peer.worker, SECRET, self._reader)
 
-    def _rotate(self, count: int) -> tuple[int, list[memoryview]]:
+    def _rotate(self, count: int, stride: int = 1) -> tuple[int, list[memoryview]]:
         """The next blocks at both ends: neither in the caches."""
-        first, self._next = self._next, (self._next + count + 16) % NUM_BLOCKS
-        ids = [(first + i) % NUM_BLOCKS for i in range(count)]
+        first, self._next = self._next, (self._next + count * stride + 16) % self._num_blocks
+        ids = _ids(first, count, stride, self._num_blocks)
         size = self._block_bytes
         return first, [self._destinations[i * size : (i + 1) * size] for i in ids]
 
     async def warm(self) -> None:
         """Connections, mappings, first-touch faults."""
         for transport in self._transports.values():
-            await self.pull(transport, False, NUM_BLOCKS)
+            await self.pull(transport, False, self._num_blocks, 1)
 
     async def raw_tcp(self, count: int) -> float:
         first, destinations = self._rotate(count)
@@ -238,7 +262,7 @@ class Bench:
         def copy() -> float:
             started = time.perf_counter()
             for i, array in enumerate(arrays):
-                np.copyto(array, memory[(first + i) % NUM_BLOCKS])
+                np.copyto(array, memory[(first + i) % self._num_blocks])
             return time.perf_counter() - started
 
         return await asyncio.to_thread(copy)
@@ -246,7 +270,8 @@ class Bench:
     async def raw_nixl(self, count: int) -> float:
         """As little as a read can be: prepared lists, one post, a look every 20 us."""
         first, destinations = self._rotate(count)
-        ids = [(first + i) % NUM_BLOCKS for i in range(count)]
+        ids = _ids(first, count, 1, self._num_blocks)
+        assert self._reader is not None
         to = [self._reader.block_id(destination) for destination in destinations]
         life = self._reader._life
         assert life is not None
@@ -263,16 +288,17 @@ class Bench:
 
         return await asyncio.to_thread(read)
 
-    async def pull(self, transport: BlockTransport, verified: bool, count: int) -> float:
-        first, destinations = self._rotate(count)
-        ticket = await self._peer.open(first, count)
+    async def pull(self, transport: BlockTransport, verified: bool, count: int, stride: int) -> float:
+        first, destinations = self._rotate(count, stride)
+        ticket = await self._peer.open(first, count, stride)
         puller = await transport.open(ticket, self._peer.worker.boot_id)
 
         def verify(read: BlockRead) -> None:
             block_digest(destinations[read.index])
 
         started = time.perf_counter()
-        await puller.pull(_blocks(first, count), destinations, verify if verified else lambda read: None)
+        blocks = _blocks(_ids(first, count, stride, self._num_blocks))
+        await puller.pull(blocks, destinations, verify if verified else lambda read: None)
         elapsed = time.perf_counter() - started
         await puller.aclose()
         return elapsed
@@ -298,34 +324,45 @@ class Bench:
             measures: dict[str, Callable[[], Awaitable[float]]] = {}
             for name, transport in self._transports.items():
                 measures[RAW[name]] = functools.partial(raws[name], count)
-                measures[name] = functools.partial(self.pull, transport, False, count)
-                measures[f"{name} + digest"] = functools.partial(self.pull, transport, True, count)
-            samples = await self._interleaved(measures, count)
+                measures[name] = functools.partial(self.pull, transport, False, count, 1)
+                measures[f"{name} + digest"] = functools.partial(self.pull, transport, True, count, 1)
+                if count > 1 and FRAGMENT_STRIDE * count <= self._num_blocks:
+                    measures[f"{name} fragmented"] = functools.partial(
+                        self.pull, transport, False, count, FRAGMENT_STRIDE
+                    )
+            samples, cpu_s = await self._interleaved(measures, count)
             for path, times in samples.items():
+                cpu_s_per_gb = sum(cpu_s[path]) / (len(times) * count * self._block_bytes / 1e9)
                 raw = samples[RAW.get(path.split()[0], path)]
                 elapsed = statistics.median(times)
                 gb_per_s = count * self._block_bytes / elapsed / 1e9
                 ratio, best = statistics.median(raw) / elapsed, min(raw) / min(times)
-                rows.append(Row(path, self._block_bytes, count, gb_per_s, ratio, best))
+                rows.append(Row(path, self._block_bytes, count, gb_per_s, ratio, best, cpu_s_per_gb))
         return rows
 
     async def _interleaved(
         self, measures: dict[str, Callable[[], Awaitable[float]]], count: int
-    ) -> dict[str, list[float]]:
+    ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """Seconds by the clock and of both processes' processors."""
         samples: dict[str, list[float]] = {path: [] for path in measures}
+        cpu_s: dict[str, list[float]] = {path: [] for path in measures}
         rounds = self._rounds if count >= 64 else 3 * self._rounds
         for _ in range(rounds):
             for path, measure in measures.items():
+                before = self._peer.cpu_s()
                 samples[path].append(await measure())
-        return samples
+                cpu_s[path].append(self._peer.cpu_s() - before)
+        return samples, cpu_s
 
     async def handover(self, counts: Sequence[int]) -> list[Row]:
         rows: list[Row] = []
-        for transport, raw_measure in (("grpc", self.raw_tcp), ("shm", self.raw_copy)):
+        raw_measures = {"grpc": self.raw_tcp, "shm": self.raw_copy, "nixl": self.raw_nixl}
+        for transport in self._transports:
+            raw_measure = raw_measures[transport]
             identity = DecodeIdentity(
                 "d", bytes(16), "bench", self._peer.worker.block_size, self._block_bytes, (transport,)
             )
-            client = PrefillClient(self._peer.address, identity, SECRET, pb.WorkerLoad)
+            client = PrefillClient(self._peer.address, identity, SECRET, pb.WorkerLoad, nixl=self._reader)
             client.start()
             await self.fetch(client, 1)
             for count in counts:
@@ -337,7 +374,7 @@ class Bench:
                 beyond = sorted(1000 * (whole - raw) for whole in wholes)
                 gb_per_s = count * self._block_bytes / statistics.median(wholes) / 1e9
                 p50, p99 = statistics.median(beyond), beyond[min(len(beyond) - 1, int(0.99 * len(beyond)))]
-                row = Row(f"fetch {transport}", self._block_bytes, count, gb_per_s, None, None, p50, p99)
+                row = Row(f"fetch {transport}", self._block_bytes, count, gb_per_s, None, None, None, p50, p99)
                 rows.append(row)
             for count in (num_tokens // self._peer.worker.block_size for num_tokens in (512, 1536)):
                 rows.append(await self._stepped(client, transport, raw_measure, count))
@@ -362,50 +399,83 @@ class Bench:
             gb_per_s,
             None,
             None,
+            None,
             statistics.median(beyond),
             beyond[-1],
         )
 
 
-async def run(block_size: int, counts: Sequence[int], rounds: int) -> list[Row]:
+async def run(block_bytes: int, counts: Sequence[int], rounds: int) -> list[Row]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "bench.transfer",
         "--serve",
-        str(block_size),
+        str(block_bytes),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        peer = Peer(process, json.loads(await process.stdout.readline()))
+        while not (line := await process.stdout.readline()).startswith(b"{"):
+            assert line, "P did not start"  # UCX writes its warnings to stdout
+        peer = Peer(process, json.loads(line))
         bench = Bench(peer, rounds)
         await bench.warm()
-        return [*await bench.bandwidth(counts), *await bench.handover(counts)]
+        fitting = [count for count in counts if count <= peer.worker.num_blocks]
+        return [*await bench.bandwidth(fitting), *await bench.handover([count for count in fitting if count <= 64])]
     finally:
         process.stdin.close()
         await process.wait()
 
 
 def show(rows: Sequence[Row]) -> None:
-    print(f"{'path':<16}{'block':>10}{'blocks':>8}{'GB/s':>8}{'of raw':>8}{'best':>8}{'beyond raw p50':>16}{'p99':>8}")
+    print(
+        f"{'path':<16}{'block':>10}{'blocks':>8}{'GB/s':>8}{'of raw':>8}{'best':>8}{'CPU s/GB':>10}"
+        f"{'beyond raw p50':>16}{'p99':>8}"
+    )
     for row in rows:
         ratio = f"{100 * row.ratio:.0f} %" if row.ratio is not None else ""
         best = f"{100 * row.ratio_best:.0f} %" if row.ratio_best is not None else ""
+        cpu = f"{row.cpu_s_per_gb:.2f}" if row.cpu_s_per_gb is not None else ""
         p50 = f"{row.overhead_ms_p50:.2f} ms" if row.overhead_ms_p50 is not None else ""
         p99 = f"{row.overhead_ms_p99:.2f}" if row.overhead_ms_p99 is not None else ""
         print(
-            f"{row.path:<16}{row.block_bytes:>10}{row.num_blocks:>8}{row.gb_per_s:>8.2f}{ratio:>8}{best:>8}{p50:>16}{p99:>8}"
+            f"{row.path:<16}{row.block_bytes:>10}{row.num_blocks:>8}{row.gb_per_s:>8.2f}{ratio:>8}{best:>8}"
+            f"{cpu:>10}{p50:>16}{p99:>8}"
         )
+
+
+def svg(rows: Sequence[Row]) -> str:
+    """GB/s over the bytes of a transfer, a line for each path that moves neighbours: enough to see where one bends."""
+    width, height, margin = 720, 420, 50
+    colours = {"grpc": "#1f77b4", "shm": "#2ca02c", "nixl": "#d62728", "tcp": "#9ecae1", "copy": "#a1d99b"}
+    drawn = [row for row in rows if row.ratio is not None and "+" not in row.path and "fragmented" not in row.path]
+    most = max(row.gb_per_s for row in drawn)
+    sizes = [math.log2(row.num_blocks * row.block_bytes) for row in drawn]
+    low, high = min(sizes), max(sizes)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif">']
+    for number, path in enumerate(dict.fromkeys(row.path for row in drawn)):
+        of_path = sorted((math.log2(r.num_blocks * r.block_bytes), r.gb_per_s) for r in drawn if r.path == path)
+        points = " ".join(
+            f"{margin + (x - low) / max(high - low, 1) * (width - 2 * margin):.1f},"
+            f"{height - margin - y / most * (height - 2 * margin):.1f}"
+            for x, y in of_path
+        )
+        colour, dash = colours[path.split()[0]], ' stroke-dasharray="5"' if "raw" in path else ""
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}"{dash}/>')
+        parts.append(f'<text x="{margin + 8}" y="{margin + 16 * number}" fill="{colour}">{path}</text>')
+    labels = f"0 to {most:.1f} GB/s over 2^{low:.1f} to 2^{high:.1f} bytes"
+    return "\n".join([*parts, f'<text x="{margin}" y="{height - 16}">{labels}</text>', "</svg>", ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--block-sizes", type=int, nargs="+", default=sorted(BLOCK_SIZES), choices=sorted(BLOCK_SIZES))
-    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 8, 64, 256, 1024])
+    parser.add_argument("--plot", type=Path, help="draw GB/s by transfer size here, as SVG")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
@@ -413,8 +483,12 @@ def main() -> None:
     if arguments.serve is not None:
         asyncio.run(serve_prefill(arguments.serve))
         return
-    rows = [row for size in arguments.block_sizes for row in asyncio.run(run(size, arguments.blocks, arguments.rounds))]
+    rows: list[Row] = []
+    for shape in arguments.shapes:
+        rows += asyncio.run(run(SHAPES[shape], arguments.blocks, arguments.rounds))
     show(rows)
+    if arguments.plot is not None:
+        arguments.plot.write_text(svg(rows))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 

@@ -73,7 +73,11 @@ def test_tokens_over_nixl_equal_those_over_grpc_and_those_of_one_worker_byte_for
     assert "nixl" in over_nixl.baton("ps")
     for service in (
         {"disaggregation": "Always", "transfer": "grpc"},
-        {"disaggregation": "Never", "prefill": 0, "engine": {"maxBatchedTokens": 72, "maxNumSeqs": 8, "prefixCaching": False}},
+        {
+            "disaggregation": "Never",
+            "prefill": 0,
+            "engine": {"maxBatchedTokens": 72, "maxNumSeqs": 8, "prefixCaching": False},
+        },
     ):
         with running_service(deterministic=True, kv_memory="384Mi", **service) as other:
             assert [said(ask(other, request)) for request in REQUESTS] == [said(answer) for answer in answers], service
