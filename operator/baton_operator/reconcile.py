@@ -147,6 +147,8 @@ class Reconciler:
         memory = replace(memory, probes={report.revision: report for report in newest})
         if outcome.gateways is not None:
             memory = replace(memory, gateways=outcome.gateways, gateways_at=self._clock())
+        if outcome.troubles is not None:
+            memory = replace(memory, troubles=outcome.troubles, pods_at=self._clock())
         secrets = {ref: secret for ref, secret in {**memory.secrets, **outcome.secrets}.items() if secret is not None}
         secrets_at = float("-inf") if outcome.failures else memory.secrets_at  # it may be a Secret that is gone
         memory = replace(memory, secrets=secrets, secrets_at=secrets_at, secret=outcome.secret)
@@ -158,7 +160,8 @@ class Reconciler:
             self._metrics.reconciles.labels("refused").inc()
             self._metrics.errors.labels("Refused").inc()
         else:
-            has_changed = bool(outcome.num_writes or outcome.probes or outcome.gateways is not None)
+            has_learned = outcome.probes or outcome.gateways is not None or outcome.troubles is not None
+            has_changed = bool(outcome.num_writes or has_learned)
             self._metrics.reconciles.labels("changed" if has_changed else "unchanged").inc()
             if not has_changed:
                 self._memories[key] = replace(memory, num_retries=0)

@@ -32,6 +32,7 @@ CREATED: list[tuple[str, dict[str, Any]]] = [
         "gateway takes httpRoute or ingress",
         {"gateway": {"httpRoute": {"parentName": "web"}, "ingress": {"host": "chat.example"}}},
     ),
+    ("requireRDMA is true, but transfer grpc", {"requireRDMA": True, "transfer": "grpc"}),
     ("redis.mode External needs redis.urlSecret", {"redis": {"mode": "External"}}),
     ("a decode worker owns every request", {"pools": {"decode": {"replicas": 0}}}),
     ("disaggregation is Always", {"disaggregation": "Always", "pools": {"prefill": {"replicas": 0}}}),

@@ -23,6 +23,8 @@ from baton_operator.objects import (
     Observed,
     ProbeReport,
     Ref,
+    Trouble,
+    Where,
     is_owned,
     ref_of,
 )
@@ -31,6 +33,7 @@ from baton_operator.plan import (
     AskGateways,
     Delete,
     Event,
+    LookAtPods,
     MakeSecret,
     Probe,
     RequeueAfter,
@@ -86,6 +89,8 @@ class Memory:
     probes: dict[str, ProbeReport] = field(default_factory=dict)
     gateways: tuple[GatewayReport, ...] = ()
     gateways_at: float = float("-inf")
+    pods_at: float = float("-inf")
+    troubles: dict[Where, Trouble] = field(default_factory=dict)
 
 
 class Cluster:
@@ -100,6 +105,7 @@ class Cluster:
         self.owned: dict[Ref, dict[str, dict[Path, Any]]] = {}  # by manager
         self.serving: list[str | None] = []  # what each gateway read last
         self.memory = Memory()
+        self.troubles: dict[Where, Trouble] = {}  # what a look at the pods shows
         self.refused: set[str] = set()  # kinds that the API server refuses
         self.service: dict[str, Any] = {
             "apiVersion": API_VERSION, "kind": "LLMService", "spec": {},
@@ -141,6 +147,8 @@ class Cluster:
             probes=dict(self.memory.probes),
             gateways=self.memory.gateways,
             gateways_at=self.memory.gateways_at,
+            troubles=self.memory.troubles,
+            pods_at=self.memory.pods_at,
         )
 
     def plan(self, observed: Observed | None = None) -> tuple[Step, ...]:
@@ -187,6 +195,8 @@ class Cluster:
                     GatewayReport(f"g{i}", seen, self.routed(seen)) for i, seen in enumerate(self.serving)
                 )
                 self.memory.gateways_at = self.now
+            case LookAtPods():
+                self.memory.troubles, self.memory.pods_at = dict(self.troubles), self.now
             case Event():
                 self.events.append(step)
             case RequeueAfter():

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, cast
 
 import pytest
 
-from baton_operator.api import Api
+from baton_operator.api import Api, Page
 from baton_operator.apply import Executor, bare_secret
 from baton_operator.cache import Cache
 from baton_operator.desired import Platform
 from baton_operator.errors import ApiError, Conflict, Refused, Unreachable
+from baton_operator.kinds import Kind
 from baton_operator.metrics import Metrics
-from baton_operator.objects import API_VERSION, SERVICE_KIND, Ref
+from baton_operator.objects import API_VERSION, SERVICE_KIND, SERVICE_LABEL, Ref
 from baton_operator.probe import Gateways
 from baton_operator.reconcile import Reconciler, Settings
 
@@ -31,6 +32,7 @@ class FakeApi:
         self.objects: dict[Ref, dict[str, Any]] = {}
         self.calls: list[tuple[str, Ref]] = []
         self.errors: dict[tuple[str, str], ApiError] = {}
+        self.pods: list[Mapping[str, Any]] = []
         self.commits_first = False
         self._versions = itertools.count(100)
 
@@ -69,6 +71,11 @@ class FakeApi:
         if ref in self.objects:
             raise Conflict(f"{ref} exists", 409)
         return self.put(manifest)
+
+    async def list(self, kind: Kind, namespace: str) -> AsyncIterator[Page]:
+        self._called("list", Ref(kind.api_version, kind.kind, kind.kind))
+        assert (kind.plural, kind.selector, namespace) == ("pods", f"{SERVICE_LABEL}=chat", "ns")
+        yield Page(self.pods, 1)
 
     def num(self, verb: str) -> int:
         return sum(called == verb for called, ref in self.calls if ref.kind != "Event")
@@ -240,3 +247,23 @@ async def test_a_value_of_another_schema_is_named_and_nothing_is_touched() -> No
 
 def _uid(world: World) -> str:
     return world.api.objects[SERVICE]["metadata"]["uid"]
+
+
+async def test_why_pods_are_missing_is_asked_once_it_lasts_and_told() -> None:
+    """Without the right to list pods the status says less, and nothing else suffers."""
+    world = World()
+    await world.rest()
+    world.now += 6
+    container = {"name": "decode", "image": "worker", "state": {"waiting": {"reason": "ErrImagePull"}}}
+    revision = world.api.objects[SERVICE]["status"]["revision"]
+    labels = {"serving.baton.dev/revision": revision, "app.kubernetes.io/component": "decode"}
+    pod = {"metadata": {"name": "chat-decode-1", "labels": labels}, "status": {"containerStatuses": [container]}}
+    world.api.pods = [pod]
+    await world.rest()
+    assert world.condition("Ready")["reason"] == "ImagePullBackOff"
+    assert "the image worker cannot be pulled; pod chat-decode-1" in world.condition("DecodeReady")["message"]
+    world.now += 60
+    world.api.errors["list", "Pod"] = Refused("pods is forbidden", 403)
+    await world.rest()
+    assert world.condition("Ready")["reason"] == "NotUp"
+    assert world.condition("Degraded")["status"] == "False"
