@@ -12,15 +12,17 @@ GELU_ERF = tl.constexpr(2)
 
 @triton.jit
 def tanh(x):
-    """tanh of float32 within 2 ulp: near 0 by Cephes' polynomial (tanhf), where 1 - 2 / (e^2x + 1) would cancel."""
-    square = x * x
+    """tanh of float32 within 2 ulp: near 0 by Cephes' polynomial (tanhf), where (1 - e) / (1 + e) would cancel."""
+    size = tl.abs(x)
+    near = tl.minimum(size, 1.0)
+    square = near * near
     p = square * -5.70498872745e-3 + 2.06390887954e-2
     p = p * square - 5.37397155531e-2
     p = p * square + 1.33314422036e-1
     p = p * square - 3.33332819422e-1
-    small = p * square * x + x
-    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
+    e = tl.exp(-2.0 * size)
+    positive = tl.where(size < 0.625, p * square * near + near, (1.0 - e) / (1.0 + e))
+    return tl.where(x < 0, -positive, positive)
 
 
 @triton.jit
@@ -43,7 +45,8 @@ def gated_kernel(
     gate = tl.load(source, mask, 0.0).to(tl.float32)
     up = tl.load(source + N, mask, 0.0).to(tl.float32)
     if ACTIVATION == SILU:
-        active = gate / (1.0 + tl.exp(-gate))
+        e = tl.exp(-tl.abs(gate))
+        active = gate * tl.where(gate < 0, e, 1.0) / (1.0 + e)
     elif ACTIVATION == GELU_TANH:
         active = 0.5 * gate * (1.0 + tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)))
     else:

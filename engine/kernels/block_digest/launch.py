@@ -92,7 +92,7 @@ def _partial_case(model: ModelShape) -> CompileCase:
         config=lambda arch: with_constants(tile_config(arch), NUM_WORDS=num_words, NUM_SCALE_WORDS=num_scale_words),
         flops=20 * tile_config(80).constants["TILE"],
         bytes=8 * tile_config(80).constants["TILE"],
-        programs_per_sm=8,
+        programs_per_sm=6,  # of 128 threads with 64 bytes on their way each: 48 KiB per SM
     )
 
 

@@ -30,7 +30,10 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def tile_config(arch: int, head_dim: int) -> CompileConfig:
     """Constants for heads of head_dim numbers. They never depend on how many tokens there are."""
     half = head_dim // 2
-    constants = {"HALF": half, "HALF_BLOCK": next_power_of_2(half), "ROWS": 64 if arch == INTERPRETER else 16}
+    block = next_power_of_2(half)
+    # 128 threads with 8 numbers each of both halves: 128 bits of bfloat16 at a time.
+    rows = 64 if arch == INTERPRETER else max(1024 // block, 1)
+    constants = {"HALF": half, "HALF_BLOCK": block, "ROWS": rows}
     return CompileConfig(constants=constants, num_warps=4)
 
 

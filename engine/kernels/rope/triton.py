@@ -24,11 +24,15 @@ def _normed(low, high, weight, half, mask, epsilon, HALF: tl.constexpr):
 def _fp8_bits(x):
     """The byte of float8 e4m3 nearest to x, |x| <= 448, ties to even: made of integers, so that sm_80 can, too.
 
-    2^-120 moves e4m3's exponents onto float32's, subnormals included; adding half of the last kept bit rounds.
+    From 2^-6 up, half of the last bit that is kept rounds, and the exponent's bias falls from 127 to 7. Below, e4m3 is
+    subnormal: multiples of 2^-9, which is what float32 has room for above 2^14.
     """
-    bits = (tl.abs(x) * 7.52316384526264e-37).to(tl.uint32, bitcast=True)
-    rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
-    return (rounded | tl.where(x < 0, 128, 0).to(tl.uint32)).to(tl.uint8)
+    size = tl.abs(x)
+    bits = tl.maximum(size, 0.015625).to(tl.uint32, bitcast=True)
+    normal = (bits - 0x3C000000 + 0x7FFFF + ((bits >> 20) & 1)) >> 20
+    subnormal = (size + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    sign = tl.where(x < 0, 128, 0).to(tl.uint32)
+    return (tl.where(size < 0.015625, subnormal, normal) | sign).to(tl.uint8)
 
 
 @triton.jit
@@ -112,7 +116,6 @@ def rope_write_kernel(
         mask = row_mask[:, None] & inside[None, :]
         token = row // HEADS
         place = qkv + token.to(tl.int64)[:, None] * qkv_stride + (row % HEADS)[:, None] * (2 * HALF) + half[None, :]
-        norm = q_norm
     else:
         row = (program - q_programs) * ROWS + tl.arange(0, ROWS)
         row_mask = row < num_tokens * KV_HEADS
@@ -120,11 +123,13 @@ def rope_write_kernel(
         token = row // KV_HEADS
         head = row % KV_HEADS
         place = qkv + token.to(tl.int64)[:, None] * qkv_stride + (HEADS + head)[:, None] * (2 * HALF) + half[None, :]
-        norm = k_norm
 
     low = tl.load(place, mask, 0.0).to(tl.float32)
     high = tl.load(place + HALF, mask, 0.0).to(tl.float32)
     if NORM:
+        norm = k_norm
+        if program < q_programs:
+            norm = q_norm
         low, high = _normed(low, high, norm, half, inside, epsilon, HALF)
     angle = tl.load(positions + token, row_mask, 0).to(tl.int64)[:, None] * HALF + half[None, :]
     c = tl.load(cos + angle, mask, 0.0)

@@ -5,3 +5,12 @@ from __future__ import annotations
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def fresh_inputs() -> None:
+    """Random inputs differ in every run; a failed test shows how to have its own again."""
+    print(f"torch.manual_seed({torch.seed()})")
