@@ -25,7 +25,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from bench.compile_gate import compiler
+from bench.compile_gate import compiler, docs
 from bench.compile_gate.cases import Job, collect, modules_without_cases, shipped_modules
 from bench.compile_gate.compiler import Compiled
 from bench.compile_gate.judge import occupancy_of, problems
@@ -50,7 +50,13 @@ def main() -> int:
     started = time.monotonic()
     modules = args.module or [name for name in shipped_modules() if not args.op or name.split(".")[-2] in args.op]
     jobs = [job for job in collect(modules) if not args.arch or job.arch in args.arch]
+    if args.check_docs:
+        different = docs.missing(jobs)
+        print("\n".join(different))
+        return 1 if different else 0
     verdicts = judge(jobs, args.cache)
+    if args.docs:
+        docs.write([(verdict.job, verdict.result) for verdict in verdicts], compiler.triton_version())
     print(table(verdicts))
     if args.json:
         args.json.write_text(json.dumps(report(verdicts), indent=1) + "\n")
@@ -162,6 +168,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--arch", action="append", type=int, choices=[80, 90, 100])
     parser.add_argument("--module", action="append", help="cases of this module instead of those that ship")
     parser.add_argument("--json", type=Path, help="write everything there too")
+    parser.add_argument("--docs", action="store_true", help="write the table of docs/kernels.md")
+    parser.add_argument("--check-docs", action="store_true", help="compile nothing; 1 if that table lacks a case")
     parser.add_argument("--cache", type=Path, default=compiler.CACHE)
     return parser.parse_args()
 

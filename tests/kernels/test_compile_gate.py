@@ -155,6 +155,13 @@ def test_every_kernel_that_ships_passes() -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+@pytest.mark.timeout(900)
+def test_the_page_of_kernels_has_a_row_for_each_case() -> None:
+    """Not its figures, which change with Triton."""
+    ran = run_gate("--check-docs")
+    assert ran.returncode == 0, f"run `python -m bench.compile_gate --docs`: {ran.stdout}{ran.stderr}"
+
+
 # ---------------------------------------------------------------- its pure parts
 
 
