@@ -43,6 +43,11 @@ class CompileConfig:
     num_stages: int = 2
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What a launch passes by name."""
+        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages, **self.extra}
+
 
 def with_constants(config: CompileConfig, **constants: Any) -> CompileConfig:
     """The tile of a launcher together with what its caller's tensors decide."""

@@ -47,9 +47,7 @@ def soft_cap(x: Tensor, y: Tensor, cap: float) -> None:
         return
     config = tile_config(arch_of(x), x.shape[1])
     grid = (-(-x.shape[0] // config.constants["ROWS"]), -(-x.shape[1] // config.constants["BLOCK"]))
-    soft_cap_kernel[grid](
-        x, y, x.shape[0], x.stride(0), y.stride(0), cap, num_warps=config.num_warps, **config.constants
-    )
+    soft_cap_kernel[grid](x, y, x.shape[0], x.stride(0), y.stride(0), cap, **config.arguments)
 
 
 def _gated(gate_up: Tensor, y: Tensor, activation: Activation) -> None:
@@ -58,7 +56,7 @@ def _gated(gate_up: Tensor, y: Tensor, activation: Activation) -> None:
         raise ValueError(f"gate_up {tuple(gate_up.shape)} does not fit y {tuple(y.shape)}: expected twice its columns")
     if num_rows == 0:
         return
-    config = tile_config(arch_of(y), n)
+    config = with_constants(tile_config(arch_of(y), n), ACTIVATION=int(activation))
     grid = (-(-num_rows // config.constants["ROWS"]), -(-n // config.constants["BLOCK"]))
     gated_kernel[grid](
         gate_up,
@@ -66,9 +64,7 @@ def _gated(gate_up: Tensor, y: Tensor, activation: Activation) -> None:
         num_rows,
         gate_up.stride(0),
         y.stride(0),
-        ACTIVATION=int(activation),
-        num_warps=config.num_warps,
-        **config.constants,
+        **config.arguments,
     )
 
 

@@ -13,6 +13,8 @@ from engine.kernels.compile_case import CompileCase, CompileConfig, with_constan
 from engine.kernels.shipped import SHIPPED, ModelShape
 
 DIGEST_BYTES = 16
+FINISH = CompileConfig(constants={"TILE": 128})
+"""A block's chunks are added up by one program, so many at a time."""
 
 
 def tile_config(arch: int) -> CompileConfig:
@@ -48,12 +50,10 @@ def block_digest(cache: Tensor, block_ids: Tensor, kv_scales: Tensor | None = No
             partials,
             words.stride(0),
             0 if scale_words is None else scale_words.stride(0),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
             **lengths,
-            **config.constants,
+            **config.arguments,
         )
-        finish_digest_kernel[(num_blocks,)](partials, digests, chunks, TILE=128, num_warps=4, **lengths)
+        finish_digest_kernel[(num_blocks,)](partials, digests, chunks, **with_constants(FINISH, **lengths).arguments)
     return digests.view(torch.uint8)
 
 
@@ -98,14 +98,13 @@ def _partial_case(model: ModelShape) -> CompileCase:
 
 def _finish_case(model: ModelShape) -> CompileCase:
     num_words, num_scale_words = _words_per_block(model)
-    constants = {"NUM_WORDS": num_words, "NUM_SCALE_WORDS": num_scale_words, "TILE": 128}
     return CompileCase(
         name="finish_digest",
         kernel=lambda: finish_digest_kernel,
         shape=f"{model.name} blocks of 16",
         signature={"partials": "*i64", "digests": "*i64", "num_chunks": "i32"},
         aligned=("partials", "digests"),
-        config=lambda arch: CompileConfig(constants=constants),
+        config=lambda arch: with_constants(FINISH, NUM_WORDS=num_words, NUM_SCALE_WORDS=num_scale_words),
         flops=2 * 128,
         bytes=2 * 8 * 128,
         vector_loads=False,

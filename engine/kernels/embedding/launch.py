@@ -38,8 +38,7 @@ def embed(token_ids: Tensor, weight: Tensor, y: Tensor) -> None:
         num_tokens,
         weight.stride(0),
         y.stride(0),
-        num_warps=config.num_warps,
-        **config.constants,
+        **config.arguments,
     )
 
 

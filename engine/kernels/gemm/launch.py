@@ -39,7 +39,7 @@ def gemm(x: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None = None, resid
         raise ValueError(f"residual is {tuple(residual.shape)}, expected ({m}, {n})")
     if m == 0:
         return
-    config = tile_config(arch_of(x))
+    config = with_constants(tile_config(arch_of(x)), HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None)
     grid = (-(-m // config.constants["BLOCK_M"]), -(-n // config.constants["BLOCK_N"]))
     gemm_kernel[grid](
         x,
@@ -54,11 +54,7 @@ def gemm(x: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None = None, resid
         weight.stride(0),
         y.stride(0),
         0 if residual is None else residual.stride(0),
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **config.constants,
+        **config.arguments,
     )
 
 

@@ -33,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, y: Tensor, epsilon: float, rows: Tensor 
         raise ValueError(f"y has {y.shape[0]} rows for {num_rows} normalised ones")
     if num_rows == 0:
         return
-    config = tile_config(arch_of(x), x.shape[1])
+    config = with_constants(tile_config(arch_of(x), x.shape[1]), GATHER=rows is not None)
     rms_norm_kernel[(-(-num_rows // config.constants["ROWS"]),)](
         x,
         weight,
@@ -43,9 +43,7 @@ def rms_norm(x: Tensor, weight: Tensor, y: Tensor, epsilon: float, rows: Tensor 
         x.stride(0),
         y.stride(0),
         epsilon,
-        GATHER=rows is not None,
-        num_warps=config.num_warps,
-        **config.constants,
+        **config.arguments,
     )
 
 
@@ -70,8 +68,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, y: Tensor, epsilon
         residual.stride(0),
         y.stride(0),
         epsilon,
-        num_warps=config.num_warps,
-        **config.constants,
+        **config.arguments,
     )
 
 

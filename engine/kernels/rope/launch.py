@@ -65,7 +65,15 @@ def rope_write(
     num_tokens, kv_heads = qkv.shape[0], cache.shape[1]
     if num_tokens == 0:
         return
-    config = tile_config(arch_of(qkv), cache.shape[5])
+    config = with_constants(
+        tile_config(arch_of(qkv), cache.shape[5]),
+        HEADS=num_heads,
+        KV_HEADS=kv_heads,
+        BLOCK_SIZE=cache.shape[4],
+        NORM=q_norm is not None,
+        FORMAT=int(kv_format),
+        LIMIT=LIMITS[kv_format],
+    )
     rows = config.constants["ROWS"]
     programs = -(-num_tokens * num_heads // rows) + -(-num_tokens * kv_heads // rows)
     scale_strides = (0, 0, 0, 0) if kv_scales is None else kv_scales.stride()[:4]
@@ -82,17 +90,9 @@ def rope_write(
         num_tokens,
         layer,
         qkv.stride(0),
-        *cache.stride()[:5],
-        *scale_strides,
-        epsilon,
-        HEADS=num_heads,
-        KV_HEADS=kv_heads,
-        BLOCK_SIZE=cache.shape[4],
-        NORM=q_norm is not None,
-        FORMAT=int(kv_format),
-        LIMIT=LIMITS[kv_format],
-        num_warps=config.num_warps,
-        **config.constants,
+        **dict(zip((*_STRIDES[1:], *_SCALE_STRIDES), (*cache.stride()[:5], *scale_strides), strict=True)),
+        epsilon=epsilon,
+        **config.arguments,
     )
 
 
