@@ -203,8 +203,8 @@ def test_a_tree_that_is_a_chain_has_the_bits_of_a_chunk() -> None:
 def test_unified_maximum_equals_float64_without_a_fallback(dtype: torch.dtype) -> None:
     batch = Batch([(80, 1), (0, 1), (33, 1)], 4, 2, dtype=dtype)
     workspace = poisoned_workspace(ROOM, 4, 16)
-    # Single keys have any score; float16 wants the sums above one: the level must lie below the scores.
-    out = batch.run(workspace=workspace, unified_maximum=-8.0)
+    # Single keys have any score; float16 wants all sums between 1 and 2^15: the level lies a little below.
+    out = batch.run(workspace=workspace, unified_maximum=-4.0)
     batch.assert_close(out, batch.want())
     assert workspace.fallbacks.item() == 0
 
@@ -317,18 +317,21 @@ def test_what_does_not_fit_is_refused(message: str, change: dict[str, object]) -
 
 
 def check_chunks() -> None:
+    torch.manual_seed(0)  # some inputs hide some mutations
     batch = Batch([(0, 9), (30, 3)], 3, 1, 16)
     batch.assert_close(batch.run(FIXED, 0), batch.want())
     batch.assert_close(batch.run(TILE, 0, window=9), batch.want(window=9))
 
 
 def check_splits() -> None:
+    torch.manual_seed(0)  # some inputs hide some mutations
     batch = Batch([(70, 1), (40, 1)], 3, 1, 16)
     batch.assert_close(batch.run(FIXED), batch.want())
     batch.assert_close(batch.run(FIXED, window=9), batch.want(window=9))
 
 
 def check_trees_and_caps() -> None:
+    torch.manual_seed(0)  # some inputs hide some mutations
     batch = Batch([(18, 4)], 2, 1, kv_dtype=torch.int8)
     parents = [[-1, 0, 1, 0]]
     batch.assert_close(batch.run(parents=parents, soft_cap=2.0), batch.want(parents, soft_cap=2.0))
@@ -344,9 +347,9 @@ def check_trees_and_caps() -> None:
         (check_chunks, "context + first_token + 1)", "context + first_token + BLOCK_N)"),
         (check_chunks, "acc = acc * shrink[:, None]\n", "pass\n"),
         (check_chunks, "tl.fma(total, shrink, tl.sum(weights, 1))", "total + tl.sum(weights, 1)"),
-        (check_chunks, "tl.fma(acc, shrink[:, None], other_acc", "tl.fma(acc, 1.0, other_acc"),
+        (check_splits, "tl.fma(acc, shrink[:, None], other_acc", "tl.fma(acc, 1.0, other_acc"),
         (check_chunks, "start = start // TOKENS + middle", "start = start // TOKENS"),
-        (check_splits, "min(end, (split + 1) * split_size)", "min(end, (split + 1) * split_size - 1)"),
+        (check_splits, "minimum(end, (split + 1) * split_size)", "minimum(end, (split + 1) * split_size - BLOCK_N)"),
         (check_splits, "range(begin // split_size, tl.cdiv(end, split_size))", "range(0, tl.cdiv(end, split_size))"),
         (check_splits, "tl.cdiv(end, split_size))", "end // split_size)"),
         (check_splits, "other_total * other_shrink", "other_total"),
