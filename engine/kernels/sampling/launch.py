@@ -9,7 +9,6 @@ them, and fill the buffer before each replay; slots without a row are padding: n
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +27,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """`tile`: tokens per program; `block`: candidates at a time in a search; `listed`: ids of a list at a time; `group`:
-    tiles at a time when histograms are added; `capacity`: candidates per row before a search reads the whole row.
+    """`tile`: tokens per program; `block`: candidates at a time in a search; `listed`: ids of a list at a time;
+    `group`: tiles at a time when histograms are added; `capacity`: candidates per row, beyond which a search reads the
+    whole row.
     """
 
     tile: int
@@ -42,19 +42,20 @@ class Config:
 def tile_config(arch: int) -> Config:
     """Log-sum-exp adds by tiles, so their size is one for all that draw together: every GPU, or the interpreter."""
     if arch == INTERPRETER:
-        return Config(tile=16384, block=4096, listed=4096, group=128, capacity=8192)
-    return Config(tile=2048, block=512, listed=512, group=16, capacity=8192)
+        return Config(tile=16384, block=1024, listed=4096, group=8, capacity=8192)
+    return Config(tile=2048, block=256, listed=512, group=16, capacity=8192)
 
 
 def compile_config(arch: int, kernel: str, config: Config, gumbel: bool = False) -> CompileConfig:
     """Constants and warps of one kernel."""
     del arch  # one choice serves all: what bounds these kernels is memory and latency, not tensor cores
+    block = config.block // 2 if gumbel else config.block  # the noise takes registers: 12 bytes spilled on sm_80
     constants: dict[str, dict[str, Any]] = {
         "prepare": {"TILE": config.tile, "LIST": config.listed},
         "weigh": {"TILE": config.tile, "TILES": MAX_TILES, "GUMBEL": gumbel},
         "bound": {"TILES": MAX_TILES, "GROUP": config.group},
         "compact": {"TILE": config.tile, "TILES": MAX_TILES},
-        "draw": {"TILE": config.tile, "TILES": MAX_TILES, "BLOCK": config.block, "GUMBEL": gumbel},
+        "draw": {"TILE": config.tile, "TILES": MAX_TILES, "BLOCK": block, "GUMBEL": gumbel},
         "top": {"TILE": config.tile, "TILES": MAX_TILES},
     }
     return CompileConfig(constants=constants[kernel], num_warps=8 if kernel == "draw" else 4)
@@ -73,8 +74,7 @@ class Workspace:
         config: Config | None = None,
     ) -> None:
         """`num_edited`: rows that may have penalties or bans; all of them unless said. Raises: ValueError."""
-        self.edited = torch.empty(0, device=device)
-        self.arch = arch_of(self.edited)
+        self.arch = arch_of(torch.empty(0, device=device))
         config = config or tile_config(self.arch)
         self.num_tiles = -(-vocab // config.tile)
         if not 0 < self.num_tiles <= MAX_TILES:
@@ -113,7 +113,7 @@ def sample_packed(
     """Enqueue the draws of `packed` from logits [n, vocab] float32, bfloat16 or float16, rows contiguous.
 
     The token is reference.sample's unless its target lies within about 1e-7 of a boundary between two tokens. `gumbel`
-    draws from the same distribution by another use of the generator: reference.sample(..., gumbel=True).
+    draws from the same distribution by another use of the generator: reference.sample(..., use_gumbel=True).
     Raises: ValueError.
     """
     if logits.dtype not in _DTYPES or logits.dim() != 2 or logits.stride(1) != 1:
@@ -186,14 +186,14 @@ def _check(packed: PackedRows, work: Workspace, results: Results, vocab: int) ->
 
 
 _TYPES = {
-    **dict.fromkeys(("logits",), "*bf16"),
     **dict.fromkeys(("edited", "best", "raw_best", "raw_sum", "values", "logprobs", "top_logprobs"), "*fp32"),
     **dict.fromkeys(("lists", "best_id", "raw_id", "counts", "starts", "found"), "*i32"),
     **dict.fromkeys(("value_ids", "tokens", "top_ids"), "*i32"),
     **dict.fromkeys(("fields", "mass"), "*i64"),
     **dict.fromkeys(("ld", "vocab", "num_tiles", "capacity", "max_top"), "i32"),
 }
-_ALIGNED = frozenset(_TYPES) - {"tokens", "logprobs", "top_ids", "top_logprobs", "num_tiles", "max_top"}
+_ANYWHERE = {"logprobs", "top_ids", "top_logprobs", "num_tiles", "max_top"}
+"""Views into the results and small numbers; everything else is a multiple of 16."""
 _ARGUMENTS = {
     "prepare": "logits ld fields lists edited best best_id raw_best raw_id raw_sum vocab num_tiles",
     "weigh": "logits ld fields edited best mass counts vocab num_tiles",
@@ -203,3 +203,30 @@ _ARGUMENTS = {
     "vocab num_tiles capacity",
     "top": "logits ld fields raw_best raw_id raw_sum top_ids top_logprobs max_top vocab num_tiles",
 }
+_FLOPS = {"prepare": 4, "weigh": 10, "bound": 4, "compact": 10, "draw": 40, "top": 6}
+"""Float and integer operations per token of a tile, about."""
+
+
+def _case(kernel: str, logits: str, gumbel: bool = False) -> CompileCase:
+    """The vocabulary is an argument: one binary serves all that are multiples of 16."""
+    names, config = _ARGUMENTS[kernel].split(), tile_config(90)
+    tokens = config.block if kernel == "draw" else config.tile
+    return CompileCase(
+        name=f"{kernel}-gumbel" if gumbel else kernel,
+        kernel=lambda: _kernel(kernel),
+        shape=f"V49152 V128256 V151936 {logits}",
+        signature={name: f"*{logits}" if name == "logits" else _TYPES[name] for name in names},
+        aligned=tuple(name for name in names if name not in _ANYWHERE),
+        config=lambda arch: compile_config(arch, kernel, tile_config(arch), gumbel),
+        flops=tokens * _FLOPS[kernel],
+        bytes=tokens * (8 if kernel == "draw" else 2 if logits == "bf16" else 4),
+        vector_loads=False,  # a row's fields are many narrow loads beside the tile's one wide one
+    )
+
+
+COMPILE_CASES = (
+    *(_case(kernel, logits) for kernel in _ARGUMENTS for logits in ("bf16", "fp32") if kernel != "bound"),
+    _case("bound", "bf16"),
+    _case("weigh", "bf16", gumbel=True),
+    _case("draw", "bf16", gumbel=True),
+)

@@ -37,6 +37,8 @@ def sample(context: NativeContext, logits: Tensor, rows: list[SampleRow]) -> Dra
     """Draw one token per row from logits [n, vocab] float32, rows contiguous."""
     if logits.dtype != torch.float32 or logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits are {tuple(logits.shape)} {logits.dtype}, expected [n, vocab] float32")
+    if any(row.min_p > 0 for row in rows):
+        raise ValueError("min_p: the native sampler does not know it")
     draws = empty_draws(rows)
     seen_ids, seen_counts, num_seen = [_NONE], [_NONE], 0
     banned: list[int] = []

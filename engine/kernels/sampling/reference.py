@@ -6,6 +6,8 @@ token id, so that k tokens are k tokens.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from engine.kernels.sampling.rows import Draws, SampleRow, empty_draws
@@ -35,12 +37,18 @@ def uniform(seed: int, position: int, choice: int) -> float:
     return (philox(seed, position, choice) >> 11) * 2.0**-53
 
 
-def sample(logits: np.ndarray, rows: list[SampleRow]) -> Draws:
-    """Draw one token per row from logits [n, vocab] float32."""
+def gumbel(seed: int, position: int, choice: int, token_id: int) -> float:
+    """Noise of one token: the greatest logit plus noise is drawn as the softmax says."""
+    bits = philox_block(seed, (position, choice, token_id, 1))[0]
+    return -math.log(-math.log1p(-(bits + 0.5) * 2.0**-32))
+
+
+def sample(logits: np.ndarray, rows: list[SampleRow], *, use_gumbel: bool = False) -> Draws:
+    """Draw one token per row from logits [n, vocab] float32, by inverting the distribution or by Gumbel's maximum."""
     draws = empty_draws(rows)
     for i, row in enumerate(rows):
         raw = logits[row.logits_row]
-        draws.tokens[i] = draw(_edited(raw, row), row)
+        draws.tokens[i] = draw(_edited(raw, row), row, use_gumbel)
         if row.num_logprobs >= 0:
             logprobs = raw.astype(np.float64) - _log_sum_exp(raw)
             draws.logprobs[i] = logprobs[draws.tokens[i]]
@@ -50,7 +58,7 @@ def sample(logits: np.ndarray, rows: list[SampleRow]) -> Draws:
     return draws
 
 
-def draw(logits: np.ndarray, row: SampleRow) -> int:
+def draw(logits: np.ndarray, row: SampleRow, use_gumbel: bool = False) -> int:
     """Draw from logits that mask and penalties have been applied to."""
     if row.temperature == 0:
         return int(logits.argmax())
@@ -64,6 +72,10 @@ def draw(logits: np.ndarray, row: SampleRow) -> int:
     if row.top_p < 1:
         before = np.cumsum(kept) - kept
         kept = kept[before < row.top_p * kept.sum()]
+    if use_gumbel:
+        alive = np.sort(order[: len(kept)][kept > 0])
+        noise = [gumbel(row.seed, row.position, row.choice, int(each)) for each in alive]
+        return int(alive[np.argmax(scaled[alive] + noise)])
     sums = np.cumsum(kept)
     target = uniform(row.seed, row.position, row.choice) * sums[-1]
     return int(order[min(int(np.searchsorted(sums, target, side="right")), len(sums) - 1)])

@@ -55,58 +55,46 @@ NO_SCORE = tl.constexpr(-0x7FFFFFFFFFFFFFFF)
 
 
 @triton.jit
-def _field(fields, slot, FIELD: tl.constexpr):
-    return tl.load(fields + slot * NUM_FIELDS + FIELD)
-
-
-@triton.jit
-def _real(fields, slot, FIELD: tl.constexpr):
-    return _field(fields, slot, FIELD).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def _clean(x):
-    """NaN as minus infinity, plus infinity as the greatest number, and one zero."""
+def _read(logits_at, ids, inside):
+    """Float32 with NaN as minus infinity, plus infinity as the greatest number, and one zero."""
+    x = tl.load(logits_at + ids, mask=inside, other=LOWEST).to(tl.float32)
     x = tl.where(x == x, tl.minimum(x, GREATEST), LOWEST)
     return tl.where(x == 0.0, 0.0, x)
 
 
 @triton.jit
-def _raw(logits, ld, fields, slot, ids, inside):
-    row = logits + _field(fields, slot, LOGITS_ROW) * ld
-    return _clean(tl.load(row + ids, mask=inside, other=LOWEST).to(tl.float32))
+def _row(logits, ld, edited, fields_at, vocab):
+    """A row's logits as (raw, copy with edits, whether that one counts, vocab)."""
+    edited_row = tl.load(fields_at + EDITED_ROW)
+    return logits + tl.load(fields_at + LOGITS_ROW) * ld, edited + edited_row * vocab, edited_row >= 0, vocab
 
 
 @triton.jit
-def _edited(logits, ld, edited, fields, slot, vocab, ids):
-    """Logits with bans and penalties."""
-    inside = ids < vocab
-    edited_row = _field(fields, slot, EDITED_ROW)
-    if edited_row >= 0:
-        x = tl.load(edited + edited_row * vocab + ids, mask=inside, other=LOWEST)
+def _scale(fields_at, top):
+    """How logits become weights: (greatest logit, least that min-p keeps, 1 / temperature)."""
+    margin = tl.load(fields_at + MARGIN).to(tl.float64, bitcast=True).to(tl.float32)
+    return top, top + margin, tl.load(fields_at + SCALE).to(tl.float64, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _weights(row, scale, ids):
+    """(logits, exponents, weights) of ids of the row."""
+    logits_at, copy_at, is_edited, vocab = row
+    if is_edited:
+        x = tl.load(copy_at + ids, mask=ids < vocab, other=LOWEST)
     else:
-        x = _raw(logits, ld, fields, slot, ids, inside)
-    return x
+        x = _read(logits_at, ids, ids < vocab)
+    top, lowest, factor = scale
+    exponents = tl.where(x >= lowest, (x - top) * factor, LOWEST)
+    return x, exponents, (tl.exp(exponents) * ONE).to(tl.int64)
 
 
 @triton.jit
-def _greatest(best, slot, num_tiles, TILES: tl.constexpr):
+def _greatest(best_at, num_tiles, TILES: tl.constexpr):
     """The row's greatest logit; 0 where every token is banned."""
     tiles = tl.arange(0, TILES)
-    top = tl.max(tl.load(best + slot * num_tiles + tiles, mask=tiles < num_tiles, other=LOWEST), 0)
+    top = tl.max(tl.load(best_at + tiles, mask=tiles < num_tiles, other=LOWEST), 0)
     return tl.where(top > LOWEST, top, 0.0)
-
-
-@triton.jit
-def _exponents(x, top, fields, slot):
-    """What to raise e to, minus infinity for what min-p leaves out."""
-    lowest = top + _real(fields, slot, MARGIN).to(tl.float32)
-    return tl.where(x >= lowest, (x - top) * _real(fields, slot, SCALE).to(tl.float32), LOWEST)
-
-
-@triton.jit
-def _weights(exponents):
-    return (tl.exp(exponents) * ONE).to(tl.int64)
 
 
 @triton.jit
@@ -115,53 +103,47 @@ def _bins(exponents, weights):
 
 
 @triton.jit
-def _keys(x):
-    """Integers in the order of the floats."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _draws_by_weight(fields_at):
+    scale = tl.load(fields_at + SCALE).to(tl.float64, bitcast=True)
+    return (tl.load(fields_at + LOGITS_ROW) >= 0) & (scale > 0)
 
 
 @triton.jit
-def _selects(fields, slot):
-    return (_field(fields, slot, TOP_K) > 0) | (_field(fields, slot, TOP_P) != 0)
+def _selects(fields_at):
+    return (tl.load(fields_at + TOP_K) > 0) | (tl.load(fields_at + TOP_P) != 0)
 
 
 @triton.jit
-def _draws_by_weight(fields, slot):
-    return (_field(fields, slot, LOGITS_ROW) >= 0) & (_real(fields, slot, SCALE) > 0)
-
-
-@triton.jit
-def _share(fraction, total):
-    """floor(fraction * total) for a fraction in units of 2^-64."""
-    return tl.umulhi(fraction, total.to(tl.uint64)).to(tl.int64)
-
-
-@triton.jit
-def _uniform(fields, slot):
+def _uniform(fields_at):
     """reference.uniform in units of 2^-64."""
-    position = _field(fields, slot, POSITION).to(tl.uint32)
-    choice = _field(fields, slot, CHOICE).to(tl.uint32)
+    position = tl.load(fields_at + POSITION).to(tl.uint32)
+    choice = tl.load(fields_at + CHOICE).to(tl.uint32)
     zero = position ^ position
-    low, high, _, _ = tl.philox(_field(fields, slot, SEED), position, choice, zero, zero)
+    low, high, _, _ = tl.philox(tl.load(fields_at + SEED), position, choice, zero, zero)
     return ((high.to(tl.uint64) << 32) | low.to(tl.uint64)) >> 11 << 11
 
 
 @triton.jit
-def _gumbel_scores(exponents, ids, fields, slot):
+def _gumbel_scores(fields_at, exponents, ids):
     """Exponent plus Gumbel noise -ln(-ln(1 - u)), packed above the complement of the id: the greatest wins, the lower
-    id among equals. u is small where it matters, so it keeps its digits; 1 - u near one goes through a series.
+    id among equals. u keeps its digits where it is small, which is where it decides.
     """
-    position = _field(fields, slot, POSITION).to(tl.uint32)
-    choice = _field(fields, slot, CHOICE).to(tl.uint32)
-    c2 = ids.to(tl.uint32)
-    same = c2 ^ c2
-    bits, _, _, _ = tl.philox(_field(fields, slot, SEED), same + position, same + choice, c2, same + 1)
+    position = tl.load(fields_at + POSITION).to(tl.uint32)
+    choice = tl.load(fields_at + CHOICE).to(tl.uint32)
+    each = ids.to(tl.uint32)
+    zero = each ^ each
+    bits, _, _, _ = tl.philox(tl.load(fields_at + SEED), zero + position, zero + choice, each, zero + 1)
     u = (bits.to(tl.float32) + 0.5) * 2.0**-32
-    near = u * (1 + u * (0.5 + u * (1 / 3 + u * 0.25)))
-    wait = tl.where(u < 0.01, near, -tl.log(tl.maximum(1 - u, 2.0**-25)))
-    scores = _keys(exponents - tl.log(wait)).to(tl.int64)
-    return (scores << 32) | (ids.to(tl.int64) ^ NO_ID)
+    series = u * (1 + u * (0.5 + u * (1 / 3 + u * 0.25)))
+    wait = tl.where(u < 0.01, series, -tl.log(tl.maximum(1 - u, 2.0**-25)))
+    bits = (exponents - tl.log(wait)).to(tl.int32, bitcast=True)
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (keys.to(tl.int64) << 32) | (ids.to(tl.int64) ^ NO_ID)
+
+
+@triton.jit
+def _id_of(score):
+    return ((score & 0xFFFFFFFF) ^ NO_ID).to(tl.int32)
 
 
 @triton.jit
@@ -170,57 +152,58 @@ def prepare(
     TILE: tl.constexpr, LIST: tl.constexpr,
 ):  # fmt: skip
     slot, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if _field(fields, slot, LOGITS_ROW) < 0:
+    fields_at = fields + slot * NUM_FIELDS
+    if tl.load(fields_at + LOGITS_ROW) < 0:
         return
     at = slot * num_tiles + tile
     ids = tile * TILE + tl.arange(0, TILE)
-    inside = ids < vocab
-    x = _raw(logits, ld, fields, slot, ids, inside)
+    logits_at, copy_at, is_edited, _ = _row(logits, ld, edited, fields_at, vocab)
+    x = _read(logits_at, ids, ids < vocab)
     top, where = tl.max(x, 0, return_indices=True)
     tl.store(raw_best + at, top)
     tl.store(raw_id + at, tile * TILE + where)
     tl.store(raw_sum + at, tl.sum(tl.exp(x - tl.where(top > LOWEST, top, 0.0)), 0))
-    edited_row = _field(fields, slot, EDITED_ROW)
-    if edited_row >= 0:
-        copy = edited + edited_row * vocab
-        tl.store(copy + ids, x, mask=inside)
+    if is_edited:
+        tl.store(copy_at + ids, x, mask=ids < vocab)
         tl.debug_barrier()
-        _penalise(logits, ld, fields, slot, lists, copy, tile * TILE, vocab, TILE, LIST)
+        _penalise(logits_at, fields_at, lists, copy_at, tile * TILE, vocab, TILE, LIST)
         tl.debug_barrier()
-        _ban(fields, slot, lists, copy, tile * TILE, vocab, TILE, LIST)
+        _ban(fields_at, lists, copy_at, tile * TILE, vocab, TILE, LIST)
         tl.debug_barrier()
-        top, where = tl.max(tl.load(copy + ids, mask=inside, other=LOWEST), 0, return_indices=True)
+        x = tl.load(copy_at + ids, mask=ids < vocab, other=LOWEST)
+        top, where = tl.max(x, 0, return_indices=True)
     tl.store(best + at, top)
     tl.store(best_id + at, tile * TILE + where)
 
 
 @triton.jit
-def _penalise(logits, ld, fields, slot, lists, copy, start, vocab, TILE: tl.constexpr, LIST: tl.constexpr):
+def _penalise(logits_at, fields_at, lists, copy_at, start, vocab, TILE: tl.constexpr, LIST: tl.constexpr):
     """The tile's share of the ids seen. In float64 as the reference; they are few."""
-    repetition, presence = _real(fields, slot, REPETITION), _real(fields, slot, PRESENCE)
-    frequency = _real(fields, slot, FREQUENCY)
-    num_seen = _field(fields, slot, NUM_SEEN).to(tl.int32)
-    seen = lists + _field(fields, slot, LISTS)
+    repetition = tl.load(fields_at + REPETITION).to(tl.float64, bitcast=True)
+    frequency = tl.load(fields_at + FREQUENCY).to(tl.float64, bitcast=True)
+    presence = tl.load(fields_at + PRESENCE).to(tl.float64, bitcast=True)
+    num_seen = tl.load(fields_at + NUM_SEEN).to(tl.int32)
+    seen = lists + tl.load(fields_at + LISTS)
     for first in range(0, num_seen, LIST):
         entries = first + tl.arange(0, LIST)
         ids = tl.load(seen + entries, mask=entries < num_seen, other=-1)
         mine = (ids >= start) & (ids < start + TILE) & (ids < vocab)
         counts = tl.load(seen + num_seen + entries, mask=mine, other=0).to(tl.float64)
-        x = _raw(logits, ld, fields, slot, ids, mine).to(tl.float64)
+        x = _read(logits_at, ids, mine).to(tl.float64)
         x = tl.where(x > 0, x / repetition, x * repetition).to(tl.float32).to(tl.float64)
-        x = x - frequency * counts - tl.where(counts > 0, presence, 0.0)
-        tl.store(copy + ids, _clean(x.to(tl.float32)), mask=mine)
+        x = (x - frequency * counts - tl.where(counts > 0, presence, 0.0)).to(tl.float32)
+        tl.store(copy_at + ids, tl.where(x == 0.0, 0.0, x), mask=mine)
 
 
 @triton.jit
-def _ban(fields, slot, lists, copy, start, vocab, TILE: tl.constexpr, LIST: tl.constexpr):
-    num_banned = _field(fields, slot, NUM_BANNED).to(tl.int32)
-    banned = lists + _field(fields, slot, LISTS) + 2 * _field(fields, slot, NUM_SEEN)
+def _ban(fields_at, lists, copy_at, start, vocab, TILE: tl.constexpr, LIST: tl.constexpr):
+    num_banned = tl.load(fields_at + NUM_BANNED).to(tl.int32)
+    banned = lists + tl.load(fields_at + LISTS) + 2 * tl.load(fields_at + NUM_SEEN)
     for first in range(0, num_banned, LIST):
         entries = first + tl.arange(0, LIST)
         ids = tl.load(banned + entries, mask=entries < num_banned, other=-1)
         mine = (ids >= start) & (ids < start + TILE) & (ids < vocab)
-        tl.store(copy + ids, tl.full([LIST], LOWEST, tl.float32), mask=mine)
+        tl.store(copy_at + ids, tl.full([LIST], LOWEST, tl.float32), mask=mine)
 
 
 @triton.jit
@@ -229,47 +212,46 @@ def weigh(
     TILE: tl.constexpr, TILES: tl.constexpr, GUMBEL: tl.constexpr,
 ):  # fmt: skip
     slot, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if not _draws_by_weight(fields, slot):
+    fields_at = fields + slot * NUM_FIELDS
+    if not _draws_by_weight(fields_at):
         return
     at = slot * num_tiles + tile
     ids = tile * TILE + tl.arange(0, TILE)
-    x = _edited(logits, ld, edited, fields, slot, vocab, ids)
-    exponents = _exponents(x, _greatest(best, slot, num_tiles, TILES), fields, slot)
-    selects = _selects(fields, slot)
-    weights = _weights(exponents)
+    scale = _scale(fields_at, _greatest(best + slot * num_tiles, num_tiles, TILES))
+    _, exponents, weights = _weights(_row(logits, ld, edited, fields_at, vocab), scale, ids)
     tl.store(mass + at, tl.sum(weights, 0))
-    if selects:
+    if _selects(fields_at):
         histogram = tl.histogram(_bins(exponents, weights), BINS, mask=weights > 0)
         tl.store(counts + at * BINS + tl.arange(0, BINS), histogram)
     elif GUMBEL:
-        tl.store(mass + at, tl.max(_gumbel_scores(exponents, ids, fields, slot), 0))
+        tl.store(mass + at, tl.max(_gumbel_scores(fields_at, exponents, ids), 0))
 
 
 @triton.jit
-def bound(
-    fields, mass, counts, starts, found, num_tiles,
-    TILES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+def bound(fields, mass, counts, starts, found, num_tiles, TILES: tl.constexpr, GROUP: tl.constexpr):
     slot = tl.program_id(0).to(tl.int64)
-    if not (_draws_by_weight(fields, slot) & _selects(fields, slot)):
+    fields_at = fields + slot * NUM_FIELDS
+    if not (_draws_by_weight(fields_at) & _selects(fields_at)):
         return
     tiles, bins, group = tl.arange(0, TILES), tl.arange(0, BINS), tl.arange(0, GROUP)
-    total = tl.sum(tl.load(mass + slot * num_tiles + tiles, mask=tiles < num_tiles, other=0), 0)
     rows = counts + slot * num_tiles * BINS + group[:, None] * BINS + bins[None, :]
-    histogram = tl.zeros([BINS], tl.int32)
+    histogram = tl.full([BINS], 0, tl.int32)
     for first in range(0, num_tiles, GROUP):
         inside = (first + group < num_tiles)[:, None]
         histogram += tl.sum(tl.load(rows + first * BINS, mask=inside, other=0), 0)
-    # A bin's tokens weigh at most what its upper edge says: beyond the last bin there is surely less than top-p's tail.
+    num_alive = tl.sum(histogram, 0)
     last = BINS - 1
-    top_k = _field(fields, slot, TOP_K)
-    if top_k > 0:
-        last = tl.minimum(last, tl.sum((tl.cumsum(histogram, 0) < top_k).to(tl.int32), 0))
-    if _field(fields, slot, TOP_P) != 0:
+    top_k = tl.load(fields_at + TOP_K)
+    if (top_k > 0) & (top_k < num_alive):
+        # All k of them, although the nucleus is smaller: it is measured by what they weigh together.
+        last = tl.sum((tl.cumsum(histogram, 0) < top_k).to(tl.int32), 0)
+    elif tl.load(fields_at + TOP_P) != 0:
+        # No token weighs more than its bin's upper edge: what lies beyond the last bin is surely less than the tail.
+        total = tl.sum(tl.load(mass + slot * num_tiles + tiles, mask=tiles < num_tiles, other=0), 0)
+        tail = tl.load(fields_at + TAIL).to(tl.float64, bitcast=True).to(tl.float32) * (total.to(tl.float32) / ONE)
         heaviest = histogram.to(tl.float32) * tl.exp(bins.to(tl.float32) * (-1 / BINS_PER_E))
-        beyond = tl.sum(heaviest, 0) - tl.cumsum(heaviest, 0)
-        tail = _real(fields, slot, TAIL).to(tl.float32) * (total.to(tl.float32) / ONE)
-        last = tl.minimum(last, tl.sum((beyond > tail).to(tl.int32), 0))
+        beyond = tl.cumsum(heaviest, 0, reverse=True) - heaviest
+        last = tl.sum((beyond > tail).to(tl.int32), 0)
     num_found = 0
     for first in range(0, num_tiles, GROUP):
         inside = first + group < num_tiles
@@ -279,7 +261,7 @@ def bound(
         num_found += tl.sum(each, 0)
     tl.store(found + slot * 3, last)
     tl.store(found + slot * 3 + 1, num_found)
-    tl.store(found + slot * 3 + 2, tl.sum(histogram, 0))
+    tl.store(found + slot * 3 + 2, num_alive)
 
 
 @triton.jit
@@ -288,14 +270,14 @@ def compact(
     TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     slot, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if not (_draws_by_weight(fields, slot) & _selects(fields, slot)):
+    fields_at = fields + slot * NUM_FIELDS
+    if not (_draws_by_weight(fields_at) & _selects(fields_at)):
         return
     if tl.load(found + slot * 3 + 1) > capacity:
         return
     ids = tile * TILE + tl.arange(0, TILE)
-    x = _edited(logits, ld, edited, fields, slot, vocab, ids)
-    exponents = _exponents(x, _greatest(best, slot, num_tiles, TILES), fields, slot)
-    weights = _weights(exponents)
+    scale = _scale(fields_at, _greatest(best + slot * num_tiles, num_tiles, TILES))
+    x, exponents, weights = _weights(_row(logits, ld, edited, fields_at, vocab), scale, ids)
     chosen = (weights > 0) & (_bins(exponents, weights) <= tl.load(found + slot * 3))
     at = tl.load(starts + slot * num_tiles + tile) + tl.cumsum(chosen.to(tl.int32), 0) - 1
     chosen = chosen & (at < capacity)
@@ -310,109 +292,99 @@ def draw(
     TILE: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr, GUMBEL: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0).to(tl.int64)
-    if _field(fields, slot, LOGITS_ROW) < 0:
+    fields_at = fields + slot * NUM_FIELDS
+    if tl.load(fields_at + LOGITS_ROW) < 0:
         return
     tiles = tl.arange(0, TILES)
-    in_row = tiles < num_tiles
     at = slot * num_tiles + tiles
-    bests = tl.load(best + at, mask=in_row, other=LOWEST)
-    top, tile = tl.max(bests, 0, return_indices=True)
+    top, tile = tl.max(tl.load(best + at, mask=tiles < num_tiles, other=LOWEST), 0, return_indices=True)
     token = tl.load(best_id + slot * num_tiles + tile)
-    if _draws_by_weight(fields, slot) & (top > LOWEST):
-        masses = tl.load(mass + at, mask=in_row, other=0)
-        if _selects(fields, slot):
-            token = _draw_selected(
-                logits, ld, fields, slot, edited, top, tl.sum(masses, 0), found, values, value_ids, vocab, capacity,
-                BLOCK, GUMBEL,
-            )  # fmt: skip
+    row = _row(logits, ld, edited, fields_at, vocab)
+    if _draws_by_weight(fields_at) & (top > LOWEST):
+        scale = _scale(fields_at, top)
+        masses = tl.load(mass + at, mask=tiles < num_tiles, other=0)
+        if _selects(fields_at):
+            num_found, num_alive = tl.load(found + slot * 3 + 1), tl.load(found + slot * 3 + 2)
+            compacted = num_found <= capacity
+            num = tl.where(compacted, num_found, vocab)
+            candidates = (values + slot * capacity, value_ids + slot * capacity, compacted, num)
+            token = _draw_selected(fields_at, row, scale, candidates, tl.sum(masses, 0), num_alive, BLOCK, GUMBEL)
         elif GUMBEL:
-            token = _id_of(tl.max(tl.where(in_row, masses, NO_SCORE), 0))
+            token = _id_of(tl.max(tl.where(tiles < num_tiles, masses, NO_SCORE), 0))
         else:
-            token = _draw_by_id(logits, ld, fields, slot, edited, top, masses, vocab, TILE, TILES)
+            token = _draw_by_id(fields_at, row, scale, masses, TILE, TILES)
     tl.store(tokens + slot, token)
-    if _field(fields, slot, NUM_LOGPROBS) >= 0:
-        raw = _raw(logits, ld, fields, slot, token, token >= 0)
-        tl.store(logprobs + slot, raw - _log_sum_exp(raw_best, raw_sum, slot, num_tiles, TILES))
+    if tl.load(fields_at + NUM_LOGPROBS) >= 0:
+        log_total = _log_sum_exp(raw_best + slot * num_tiles, raw_sum + slot * num_tiles, num_tiles, TILES)
+        tl.store(logprobs + slot, _read(row[0], token, token < vocab) - log_total)
 
 
 @triton.jit
-def _id_of(packed):
-    return ((packed & 0xFFFFFFFF) ^ NO_ID).to(tl.int32)
-
-
-@triton.jit
-def _draw_by_id(logits, ld, fields, slot, edited, top, masses, vocab, TILE: tl.constexpr, TILES: tl.constexpr):
+def _draw_by_id(fields_at, row, scale, masses, TILE: tl.constexpr, TILES: tl.constexpr):
     """The first id whose running sum exceeds the target."""
-    target = _share(_uniform(fields, slot), tl.sum(masses, 0))
+    target = tl.umulhi(_uniform(fields_at), tl.sum(masses, 0).to(tl.uint64)).to(tl.int64)
     tile = tl.sum((tl.cumsum(masses, 0) <= target).to(tl.int32), 0)
     before = tl.sum(tl.where(tl.arange(0, TILES) < tile, masses, 0), 0)
-    ids = tile * TILE + tl.arange(0, TILE)
-    x = _edited(logits, ld, edited, fields, slot, vocab, ids)
-    sums = before + tl.cumsum(_weights(_exponents(x, top, fields, slot)), 0)
-    return tile * TILE + tl.sum((sums <= target).to(tl.int32), 0)
+    _, _, weights = _weights(row, scale, tile * TILE + tl.arange(0, TILE))
+    return tile * TILE + tl.sum((before + tl.cumsum(weights, 0) <= target).to(tl.int32), 0)
 
 
 @triton.jit
-def _chunk(
-    first, num, compacted, logits, ld, fields, slot, edited, top, values, value_ids, vocab, capacity,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """(key, exponent, weight, id) of candidates, or of all tokens where there is no room for candidates."""
+def _chunk(row, scale, candidates, first, BLOCK: tl.constexpr):
+    """(keys, exponents, weights, ids) of candidates, or of all tokens where there is no room for candidates.
+
+    Keys are integers in the order of the logits.
+    """
+    values_at, ids_at, compacted, num = candidates
     entries = first + tl.arange(0, BLOCK)
     if compacted:
-        x = tl.load(values + slot * capacity + entries, mask=entries < num, other=LOWEST)
-        ids = tl.load(value_ids + slot * capacity + entries, mask=entries < num, other=0)
+        top, lowest, factor = scale
+        x = tl.load(values_at + entries, mask=entries < num, other=LOWEST)
+        ids = tl.load(ids_at + entries, mask=entries < num, other=0)
+        exponents = tl.where(x >= lowest, (x - top) * factor, LOWEST)
+        weights = (tl.exp(exponents) * ONE).to(tl.int64)
     else:
-        x = _edited(logits, ld, edited, fields, slot, vocab, entries)
         ids = entries
-    exponents = _exponents(x, top, fields, slot)
-    return _keys(x), exponents, _weights(exponents), ids
+        x, exponents, weights = _weights(row, scale, ids)
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF), exponents, weights, ids
 
 
 @triton.jit
 def _draw_selected(
-    logits, ld, fields, slot, edited, top, total, found, values, value_ids, vocab, capacity,
-    BLOCK: tl.constexpr, GUMBEL: tl.constexpr,
+    fields_at, row, scale, candidates, total, num_alive, BLOCK: tl.constexpr, GUMBEL: tl.constexpr
 ):  # fmt: skip
     """Top-k, nucleus and draw: three searches in the order (logit descending, id ascending), each within the last.
 
     A place in that order is a key, and how many of the tokens of that very key are inside.
     """
-    num_found, num_alive = tl.load(found + slot * 3 + 1), tl.load(found + slot * 3 + 2)
-    compacted = num_found <= capacity
-    num = tl.where(compacted, num_found, vocab)
-    top_k, top_p = _field(fields, slot, TOP_K), _field(fields, slot, TOP_P).to(tl.uint64)
+    num = candidates[3]
+    top_k, top_p = tl.load(fields_at + TOP_K), tl.load(fields_at + TOP_P).to(tl.uint64)
     least = tl.full([BLOCK], HIGHEST_KEY, tl.int32)
     for first in range(0, num, BLOCK):
-        keys, _, weights, _ = _chunk(
-            first, num, compacted, logits, ld, fields, slot, edited, top, values, value_ids, vocab, capacity, BLOCK
-        )
+        keys, _, weights, _ = _chunk(row, scale, candidates, first, BLOCK)
         least = tl.minimum(least, tl.where(weights > 0, keys, HIGHEST_KEY))
     low = tl.min(least, 0).to(tl.int64)
     inside = num.to(tl.int64)
     for stage in range(2 if GUMBEL else 3):
         goal, wanted = top_k - 1, (top_k > 0) & (top_k < num_alive)
         if stage == 1:
-            goal, wanted = tl.maximum(_share(top_p, total), 1) - 1, top_p != 0
+            goal = tl.maximum(tl.umulhi(top_p, total.to(tl.uint64)).to(tl.int64), 1) - 1
+            wanted = top_p != 0
         elif stage == 2:
-            goal, wanted = _share(_uniform(fields, slot), total), total > 0
+            goal, wanted = tl.umulhi(_uniform(fields_at), total.to(tl.uint64)).to(tl.int64), total > 0
         if wanted:
-            low, inside, total = _search(
-                goal, low, stage > 0, num, compacted, logits, ld, fields, slot, edited, top, values, value_ids, vocab,
-                capacity, BLOCK,
-            )  # fmt: skip
-    num_equal = tl.zeros([], tl.int64)
+            low, inside, total = _search(goal, low, stage > 0, row, scale, candidates, BLOCK)
+    num_equal = tl.full([], 0, tl.int64)
     winner = tl.full([], NO_SCORE, tl.int64)
     for first in range(0, num, BLOCK):
-        keys, exponents, weights, ids = _chunk(
-            first, num, compacted, logits, ld, fields, slot, edited, top, values, value_ids, vocab, capacity, BLOCK
-        )
+        keys, exponents, weights, ids = _chunk(row, scale, candidates, first, BLOCK)
         equal = (keys == low) & (weights > 0)
         rank = num_equal + tl.cumsum(equal.to(tl.int64), 0)  # candidates lie in order of id
-        num_equal += tl.sum(equal.to(tl.int64), 0)
+        num_equal = tl.max(rank, 0)
         if GUMBEL:
             kept = ((keys > low) & (weights > 0)) | (equal & (rank <= inside))
-            scores = _gumbel_scores(exponents, ids, fields, slot)
+            scores = _gumbel_scores(fields_at, exponents, ids)
         else:
             kept = equal & (rank == inside)
             scores = ids.to(tl.int64) ^ NO_ID
@@ -421,52 +393,44 @@ def _draw_selected(
 
 
 @triton.jit
-def _search(
-    goal, low, by_weight, num, compacted, logits, ld, fields, slot, edited, top, values, value_ids, vocab, capacity,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+def _search(goal, low, by_weight, row, scale, candidates, BLOCK: tl.constexpr):
     """The place of the first token at which the running sum, of weights or of ones, exceeds `goal`.
 
     Returns its key, how many tokens of that key are inside, and the weight of all up to it. The sum from `low` on
     exceeds the goal, the sum from `high` on does not.
     """
-    high = _keys(top).to(tl.int64) + 1
+    num = candidates[3]
+    bits = scale[0].to(tl.int32, bitcast=True)
+    high = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 1
     while high - low > 1:
         step = (high - low + WAYS - 1) // WAYS
         bounds = tl.minimum(low + step * tl.arange(0, WAYS), high).to(tl.int32)
-        sums = tl.zeros([BLOCK, WAYS], tl.int64)
+        sums = tl.full([BLOCK, WAYS], 0, tl.int64)
         for first in range(0, num, BLOCK):
-            keys, _, weights, _ = _chunk(
-                first, num, compacted, logits, ld, fields, slot, edited, top, values, value_ids, vocab, capacity, BLOCK
-            )
+            keys, _, weights, _ = _chunk(row, scale, candidates, first, BLOCK)
             each = tl.where(by_weight, weights, (weights > 0).to(tl.int64))
             sums += tl.where(keys[:, None] >= bounds[None, :], each[:, None], 0)
         passed = tl.maximum(tl.sum((tl.sum(sums, 0) > goal).to(tl.int32), 0), 1)
         high = tl.minimum(high, low + passed * step)
         low += (passed - 1) * step
-    above, num_above = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
-    weight = tl.zeros([BLOCK], tl.int64)
+    above, num_above = tl.full([BLOCK], 0, tl.int64), tl.full([BLOCK], 0, tl.int32)
+    weight = tl.full([BLOCK], 0, tl.int64)
     for first in range(0, num, BLOCK):
-        keys, _, weights, _ = _chunk(
-            first, num, compacted, logits, ld, fields, slot, edited, top, values, value_ids, vocab, capacity, BLOCK
-        )
+        keys, _, weights, _ = _chunk(row, scale, candidates, first, BLOCK)
         above += tl.where(keys > low, weights, 0)
-        num_above += ((keys > low) & (weights > 0)).to(tl.int64)
+        num_above += ((keys > low) & (weights > 0)).to(tl.int32)
         weight = tl.maximum(weight, tl.where(keys == low, weights, 0))
     total, each = tl.sum(above, 0), tl.max(weight, 0)
-    if by_weight:
-        inside = (goal - total) // tl.maximum(each, 1) + 1
-    else:
-        inside = goal - tl.sum(num_above, 0) + 1
+    inside = tl.where(by_weight, (goal - total) // tl.maximum(each, 1), goal - tl.sum(num_above, 0)) + 1
     return low, inside, total + inside * each
 
 
 @triton.jit
-def _log_sum_exp(raw_best, raw_sum, slot, num_tiles, TILES: tl.constexpr):
+def _log_sum_exp(best_at, sum_at, num_tiles, TILES: tl.constexpr):
     """Of the raw row, from the sums of its tiles: a tree of fixed shape."""
     tiles = tl.arange(0, TILES)
-    tops = tl.load(raw_best + slot * num_tiles + tiles, mask=tiles < num_tiles, other=LOWEST)
-    sums = tl.load(raw_sum + slot * num_tiles + tiles, mask=tiles < num_tiles, other=0.0)
+    tops = tl.load(best_at + tiles, mask=tiles < num_tiles, other=LOWEST)
+    sums = tl.load(sum_at + tiles, mask=tiles < num_tiles, other=0.0)
     top = tl.max(tops, 0)
     top = tl.where(top > LOWEST, top, 0.0)
     return tl.log(tl.sum(sums * tl.exp(tops - top), 0)) + top
@@ -478,13 +442,15 @@ def top(
     TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     slot = tl.program_id(0).to(tl.int64)
-    if _field(fields, slot, LOGITS_ROW) < 0:
+    fields_at = fields + slot * NUM_FIELDS
+    if tl.load(fields_at + LOGITS_ROW) < 0:
         return
-    log_total = _log_sum_exp(raw_best, raw_sum, slot, num_tiles, TILES)
+    logits_at = logits + tl.load(fields_at + LOGITS_ROW) * ld
+    log_total = _log_sum_exp(raw_best + slot * num_tiles, raw_sum + slot * num_tiles, num_tiles, TILES)
     tiles = tl.arange(0, TILES)
     bests = tl.load(raw_best + slot * num_tiles + tiles, mask=tiles < num_tiles, other=LOWEST)
     best_ids = tl.load(raw_id + slot * num_tiles + tiles, mask=tiles < num_tiles, other=vocab)
-    for i in range(0, tl.minimum(_field(fields, slot, NUM_LOGPROBS), max_top).to(tl.int32)):
+    for i in range(0, tl.minimum(tl.load(fields_at + NUM_LOGPROBS), max_top).to(tl.int32)):
         best = tl.max(bests, 0)
         best_id = tl.min(tl.where(bests == best, best_ids, vocab), 0)
         tl.store(top_ids + slot * max_top + i, best_id)
@@ -492,7 +458,7 @@ def top(
         # The tile that lost its best offers its next one.
         tile = best_id // TILE
         ids = tile * TILE + tl.arange(0, TILE)
-        x = _raw(logits, ld, fields, slot, ids, ids < vocab)
+        x = _read(logits_at, ids, ids < vocab)
         later = (ids < vocab) & ((x < best) | ((x == best) & (ids > best_id)))
         following = tl.max(tl.where(later, x, LOWEST), 0)
         following_id = tl.min(tl.where(later & (x == following), ids, vocab), 0)
