@@ -1,6 +1,6 @@
 """Every field of an LLMService set, changed, taken away and misused, in the cluster in memory.
 
-The same against a real API server: tests/cluster/test_operator_sweep.py.
+The same against a real API server: tests/cluster/test_spec_sweep_on_server.py.
 """
 
 from __future__ import annotations
