@@ -22,7 +22,7 @@ MAX_BLOCK_SIZE = 256
 DECODE_ROWS = 16
 MAX_SPLITS = 128
 COMBINE_WARPS = 1
-COMBINE_CONSTANTS = ("KV_HEADS", "GROUP", "HEAD_DIM", "BLOCK_D", "BLOCK_N", "SPLIT_SIZE", "WINDOW", "ONE_TOKEN")
+COMBINE_CONSTANTS = ("KV_HEADS", "GROUP", "HEAD_DIM", "BLOCK_D", "SPLIT_SIZE", "WINDOW", "ONE_TOKEN")
 # Hopper's and Blackwell's: two groups of four warps multiply 128 rows by one tile of keys.
 WIDE_ARCHS = (90, 100, 103)
 LOG2_E = 1.4426950408889634
@@ -53,11 +53,13 @@ class Workspace:
     """Memory for results of splits, shared by all layers of a device's steps.
 
     partials [rows, num_heads, padded head_dim] and stats [rows, num_heads, 2] float32, a row per token and split;
-    fallbacks [1] int32 counts what the unified maximum could not do.
+    split_size [1] int32 is what the first kernel tells the second; fallbacks [1] int32 counts the splits that the
+    unified maximum could not do.
     """
 
     partials: Tensor
     stats: Tensor
+    split_size: Tensor
     fallbacks: Tensor
 
 
@@ -66,6 +68,7 @@ def make_workspace(rows: int, num_heads: int, head_dim: int, device: torch.devic
     return Workspace(
         torch.empty((rows, num_heads, next_power_of_2(head_dim)), device=device),
         torch.empty((rows, num_heads, 2), device=device),
+        torch.zeros(1, dtype=torch.int32, device=device),
         torch.zeros(1, dtype=torch.int32, device=device),
     )
 
@@ -80,6 +83,7 @@ class TileConfig:
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    max_registers: int | None = None
 
 
 def paged_attention(
@@ -119,27 +123,28 @@ def paged_attention(
     num_programs = num_sms(q.device) * config.programs_per_sm
     kv = cache[:, :, layer]
     scales = None if kv_scales is None else kv_scales[:, :, layer]
+    scale_strides = (0, 0, 0) if scales is None else (scales.stride(0), scales.stride(1), scales.stride(2))
     attention = {
         "KV_HEADS": shape.kv_heads, "GROUP": shape.group, "HEAD_DIM": shape.head_dim, "BLOCK_D": shape.block_d,
         "BLOCK_SIZE": shape.block_size, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "SPLIT_SIZE": config.split_size, "WINDOW": options.window, "SOFT_CAP": options.soft_cap, "DOT": shape.dot,
         "ONE_TOKEN": one_token, "PARALLEL_SPLITS": splits > 1,
         "UNIFIED": decode and options.unified_maximum is not None,
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers,
     }  # fmt: skip
     attention_kernel[(num_programs,)](
-        q, kv, scales, out, workspace.partials, workspace.stats, workspace.fallbacks,
+        q, kv, scales, out, workspace.partials, workspace.stats, workspace.split_size, workspace.fallbacks,
         step.cu_seqlens_q, step.seq_lens, step.block_tables, tree_ends,
         num_seqs, tiles, splits, num_tokens, options.scale, (options.unified_maximum or 0.0) * LOG2_E,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), kv.stride(0), kv.stride(1), kv.stride(2), kv.stride(3),
-        *((0, 0, 0) if scales is None else scales.stride()[:3]), step.block_tables.stride(0), **attention,
+        *scale_strides, step.block_tables.stride(0), **attention,
     )  # fmt: skip
     if splits > 1:
         combine = {name: attention[name] for name in COMBINE_CONSTANTS}
         combine |= {"BLOCK_H": next_power_of_2(shape.group), "num_warps": COMBINE_WARPS}
         combine_kernel[(num_tokens, shape.kv_heads)](
-            workspace.partials, workspace.stats, out, step.cu_seqlens_q, step.seq_lens,
-            num_seqs, tiles, splits, num_programs, num_tokens, out.stride(0), out.stride(1), **combine,
+            workspace.partials, workspace.stats, workspace.split_size, out, step.cu_seqlens_q, step.seq_lens,
+            num_seqs, num_tokens, out.stride(0), out.stride(1), **combine,
         )  # fmt: skip
 
 
@@ -166,6 +171,7 @@ class AttentionShape:
     group: int
     head_dim: int
     block_size: int
+    quantised: bool
     dot: tl.dtype
 
     @property
@@ -190,12 +196,20 @@ def tile_config(arch: int, shape: AttentionShape, *, decode: bool, deterministic
             block_m=max(64, rows), block_n=64, split_size=512, num_warps=8, num_stages=3, programs_per_sm=1
         )
     if decode:
-        return TileConfig(block_m=rows, block_n=64, split_size=0, num_warps=4, num_stages=3, programs_per_sm=2)
+        # Left alone, ptxas makes room for a third program, which we do not start, and spills in some variants.
+        return TileConfig(
+            block_m=rows, block_n=64, split_size=0, num_warps=4, num_stages=3, programs_per_sm=2, max_registers=240
+        )
     if arch in WIDE_ARCHS:
         return TileConfig(
             block_m=max(128, rows), block_n=64, split_size=0, num_warps=8, num_stages=3, programs_per_sm=1
         )
-    return TileConfig(block_m=max(64, rows), block_n=64, split_size=0, num_warps=4, num_stages=3, programs_per_sm=2)
+    # Numbers on their way from int8 to bfloat16 need registers of their own.
+    num_warps = 8 if shape.quantised else 4
+    return TileConfig(
+        block_m=max(64, rows), block_n=64, split_size=0, num_warps=num_warps, num_stages=3,
+        programs_per_sm=8 // num_warps,
+    )  # fmt: skip
 
 
 @lru_cache
@@ -253,7 +267,8 @@ def check_attention(
     # The interpreter would multiply the bit patterns of bfloat16.
     dot = torch.float32 if arch == INTERPRETER and dot == torch.bfloat16 else dot
     return AttentionShape(
-        kv_heads=kv_heads, group=group, head_dim=head_dim, block_size=block_size, dot=DOT_TYPES[dot],
+        kv_heads=kv_heads, group=group, head_dim=head_dim, block_size=block_size,
+        quantised=cache.dtype in QUANTISED, dot=DOT_TYPES[dot],
     )  # fmt: skip
 
 
@@ -293,12 +308,14 @@ def _attention_case(
     kv_type, kv_bytes = _KV_TYPES[kv]
     group = model.heads // model.kv_heads
     shape = AttentionShape(
-        kv_heads=model.kv_heads, group=group, head_dim=model.head_dim, block_size=16, dot=tl.bfloat16
-    )
+        kv_heads=model.kv_heads, group=group, head_dim=model.head_dim, block_size=16, quantised=kv != "bf16",
+        dot=tl.bfloat16,
+    )  # fmt: skip
     absent = [name for name, there in (("scales", kv != "bf16"), ("tree_ends", tree)) if not there]
     types = {
         "q": "*bf16", "kv": kv_type, "scales": "*fp32", "out": "*bf16", "partials": "*fp32", "stats": "*fp32",
-        "fallbacks": "*i32", "cu_seqlens_q": "*i32", "seq_lens": "*i32", "block_tables": "*i32", "tree_ends": "*i32",
+        "split_sizes": "*i32", "fallbacks": "*i32",
+        "cu_seqlens_q": "*i32", "seq_lens": "*i32", "block_tables": "*i32", "tree_ends": "*i32",
         **dict.fromkeys(_INTEGERS, "i32"), "scale": "fp32", "unified_maximum": "fp32",
     }  # fmt: skip
 
@@ -311,7 +328,12 @@ def _attention_case(
             "ONE_TOKEN": decode and not tree, "PARALLEL_SPLITS": decode, "UNIFIED": unified,
             **dict.fromkeys(absent),
         }  # fmt: skip
-        return CompileConfig(constants=constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        return CompileConfig(
+            constants=constants,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            extra={"maxnreg": tile.max_registers},
+        )
 
     tile = tile_config(90, shape, decode=decode, deterministic=deterministic)
     kinds = (("decode" if decode else "prefill", True), ("deterministic", deterministic), ("unified maximum", unified))
@@ -325,6 +347,7 @@ def _attention_case(
         flops=4 * tile.block_m * tile.block_n * model.head_dim,
         bytes=2 * kv_bytes * tile.block_n * model.head_dim,
         has_dot=True,
+        programs_per_sm=tile.programs_per_sm,
         archs=(90, 100) if kv == "fp8" else (80, 90, 100),
     )
 
@@ -332,25 +355,27 @@ def _attention_case(
 def _combine_case(model: ModelShape, *, deterministic: bool) -> CompileCase:
     group = model.heads // model.kv_heads
     shape = AttentionShape(
-        kv_heads=model.kv_heads, group=group, head_dim=model.head_dim, block_size=16, dot=tl.bfloat16
-    )
+        kv_heads=model.kv_heads, group=group, head_dim=model.head_dim, block_size=16, quantised=False,
+        dot=tl.bfloat16,
+    )  # fmt: skip
 
     def config(arch: int) -> CompileConfig:
         tile = tile_config(arch, shape, decode=True, deterministic=deterministic)
         constants = {
             "KV_HEADS": shape.kv_heads, "GROUP": group, "HEAD_DIM": shape.head_dim, "BLOCK_D": shape.block_d,
-            "BLOCK_H": next_power_of_2(group), "BLOCK_N": tile.block_n, "SPLIT_SIZE": tile.split_size, "WINDOW": 0,
+            "BLOCK_H": next_power_of_2(group), "SPLIT_SIZE": tile.split_size, "WINDOW": 0,
             "ONE_TOKEN": True,
         }  # fmt: skip
         return CompileConfig(constants=constants, num_warps=COMBINE_WARPS, num_stages=3)
 
-    integers = ("num_seqs", "tile_bound", "max_splits", "num_programs", "num_tokens", "stride_out", "stride_out_head")
+    integers = ("num_seqs", "num_tokens", "stride_out", "stride_out_head")
     return CompileCase(
         name="attention combine" + deterministic * ", deterministic",
         kernel=lambda: combine_kernel,
         shape=f"{model.name} {model.heads}/{model.kv_heads} heads of {model.head_dim}",
         signature={
-            "partials": "*fp32", "stats": "*fp32", "out": "*bf16", "cu_seqlens_q": "*i32", "seq_lens": "*i32",
+            "partials": "*fp32", "stats": "*fp32", "split_sizes": "*i32", "out": "*bf16",
+            "cu_seqlens_q": "*i32", "seq_lens": "*i32",
             **dict.fromkeys(integers, "i32"),
         },
         aligned=("partials", "stats", "out", "stride_out", "stride_out_head"),

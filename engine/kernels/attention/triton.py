@@ -213,7 +213,7 @@ def _attend_split(
 
 @triton.jit
 def attention_kernel(
-    q, kv, scales, out, partials, stats, fallbacks, cu_seqlens_q, seq_lens, block_tables, tree_ends,
+    q, kv, scales, out, partials, stats, split_sizes, fallbacks, cu_seqlens_q, seq_lens, block_tables, tree_ends,
     num_seqs, tile_bound, max_splits, num_tokens, scale, unified_maximum,
     stride_q, stride_q_head, stride_out, stride_out_head, stride_block, stride_head, stride_kv, stride_slot,
     stride_scale_block, stride_scale_head, stride_scale_kv, stride_table,
@@ -240,6 +240,8 @@ def attention_kernel(
             seq_lens, num_seqs, tile_bound * KV_HEADS, max_splits, tl.num_programs(0), SPLIT_SIZE, BLOCK_N
         )
         num_items *= num_splits
+        if tl.program_id(0) == 0:
+            tl.store(split_sizes, split_size)
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
@@ -325,10 +327,10 @@ def attention_kernel(
 
 @triton.jit
 def combine_kernel(
-    partials, stats, out, cu_seqlens_q, seq_lens, num_seqs, tile_bound, max_splits, num_programs, num_tokens,
+    partials, stats, split_sizes, out, cu_seqlens_q, seq_lens, num_seqs, num_tokens,
     stride_out, stride_out_head,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_H: tl.constexpr, SPLIT_SIZE: tl.constexpr, WINDOW: tl.constexpr,
     ONE_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Join the splits of one token and the heads of one KV head, in order; program (token, KV head)."""
@@ -346,9 +348,7 @@ def combine_kernel(
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(0, end - WINDOW)
-    split_size = SPLIT_SIZE
-    if SPLIT_SIZE == 0:
-        split_size, _ = _split_size(seq_lens, num_seqs, tile_bound * KV_HEADS, max_splits, num_programs, 0, BLOCK_N)
+    split_size = SPLIT_SIZE if SPLIT_SIZE > 0 else tl.load(split_sizes)
     rows = tl.arange(0, BLOCK_H)
     dims = tl.arange(0, BLOCK_D)
     heads = kv_head * GROUP + rows
