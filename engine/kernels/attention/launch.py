@@ -300,6 +300,7 @@ _ALIGNED = (
     "q", "kv", "out", "partials", "stats", "stride_q", "stride_q_head", "stride_out", "stride_out_head",
     "stride_block", "stride_head", "stride_kv", "stride_slot",
 )  # fmt: skip
+_ALIGNED_SCALES = ("scales", "stride_scale_block", "stride_scale_head", "stride_scale_kv")
 
 
 def _attention_case(
@@ -342,7 +343,7 @@ def _attention_case(
         kernel=lambda: attention_kernel,
         shape=f"{model.name} {model.heads}/{model.kv_heads} heads of {model.head_dim}, KV {kv}",
         signature={name: kind for name, kind in types.items() if name not in absent},
-        aligned=_ALIGNED,
+        aligned=_ALIGNED if kv == "bf16" else (*_ALIGNED, *_ALIGNED_SCALES),
         config=config,
         flops=4 * tile.block_m * tile.block_n * model.head_dim,
         bytes=2 * kv_bytes * tile.block_n * model.head_dim,
