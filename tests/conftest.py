@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# tests/kernels/triton is for Triton's interpreter. Triton decides when it is imported, for its own library too,
+# and transformers imports it: so it is told before any test file is. What compiles does so in a process without.
+os.environ["TRITON_INTERPRET"] = "1"
 
 pytest_plugins = ["tests.cluster.fixtures"]
 _WITH_PROCESSES = {"integration", "e2e", "cluster"}

@@ -60,8 +60,9 @@ def wanted(tiny_llama: Path) -> list[list[tuple[str, Any]]]:
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
 def test_prefill_and_decode_on_triton_draw_the_tokens_of_the_native_kernels(
-    tiny_llama: Path, wanted: list[list[tuple[str, Any]]], deterministic: bool
+    tiny_llama: Path, wanted: list[list[tuple[str, Any]]], deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")  # the workers ask for the interpreter themselves
     with serving(tiny_llama, "triton", deterministic=deterministic) as service:
         before = attention_calls(service)
         assert answers(service) == wanted

@@ -1,10 +1,6 @@
-"""Triton's interpreter runs the kernels here: it must be asked for before the first of them is imported."""
+"""Triton's interpreter runs the kernels here (tests/conftest.py asks for it before anything imports Triton)."""
 
 from __future__ import annotations
-
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
