@@ -252,11 +252,15 @@ class FakeKubelet:
         self._namespace.admin.merge(f"{path}/status", {"status": status})
 
 
+_MAX_GATEWAYS = 3
+
+
 @dataclass
 class FakeGateway:
-    """The gateways of one service at the internal port: a real HTTP server that the service's EndpointSlice points to.
+    """The gateways of one service at the internal port: real HTTP servers that the service's EndpointSlices point to.
 
-    A probe of a revision goes through if that revision has a ready P and D. It serves what the routing ConfigMap says.
+    A probe of a revision goes through if that revision has a ready P and D. They serve what the routing ConfigMap says.
+    Always as many as a service of these tests may ask for: each ready one must say what it serves.
     """
 
     namespace: Namespace
@@ -288,14 +292,16 @@ class FakeGateway:
             def log_message(self, *args: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer((own_address(), 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self._write_slice()
+        self._servers = [ThreadingHTTPServer((own_address(), 0), Handler) for _ in range(_MAX_GATEWAYS)]
+        for number, server in enumerate(self._servers):
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            self._write_slice(number, server.server_address[1])
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
 
     def status(self, secret: str) -> tuple[int, object]:
         if not self._knows(secret):
@@ -329,15 +335,15 @@ class FakeGateway:
         found = self.namespace.get("v1", "secrets", f"{self.service}-internal")
         return bool(found) and base64.b64decode(found["data"]["secret"]).decode() == secret
 
-    def _write_slice(self) -> None:
-        name = f"{self.service}-fake"
+    def _write_slice(self, number: int, port: int) -> None:
+        name = f"{self.service}-fake-{number}"
         labels = {"kubernetes.io/service-name": f"{self.service}-gateway", SERVICE_LABEL: self.service}
         labels |= {"endpointslice.kubernetes.io/managed-by": "tests", COMPONENT_LABEL: "gateway"}
         manifest = {
             "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
             "metadata": {"name": name, "namespace": self.namespace.name, "labels": labels},
             "endpoints": [{"addresses": [own_address()], "conditions": {"ready": True}}],
-            "ports": [{"name": "internal", "port": self._server.server_address[1], "protocol": "TCP"}],
+            "ports": [{"name": "internal", "port": port, "protocol": "TCP"}],
         }  # fmt: skip
         self.namespace.admin.apply(self.namespace.path("discovery.k8s.io/v1", "endpointslices", name), manifest)
 

@@ -107,6 +107,7 @@ def test_every_field_set_changed_and_taken_away_ends_where_a_fresh_apply_ends(
             sweep_group(group, control_plane, admin, folder)
         except (AssertionError, TimeoutError) as error:
             bad.append(f"{', '.join(map(str, group))}: {error}")
+            print(bad[-1][:4000])
         print(f"{done}/{len(GROUPS)} groups of up to {_SIZE} fields, {len(bad)} bad", flush=True)
     assert bad == []
 
