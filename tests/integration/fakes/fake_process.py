@@ -65,8 +65,10 @@ def _handler(fault: str, registry: Path, started: threading.Event) -> type[BaseH
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             is_good = started.is_set() and not (fault == "stuck" or (fault == "stalled" and self.path == "/livez"))
-            if self.path == "/readyz":
-                is_good = any(registry.glob("*.json"))
+            if self.path == "/metrics":
+                pools = {pool: len(list(registry.glob(f"{pool}-*.json"))) for pool in ("prefill", "decode")}
+                lines = [f"baton_gateway_{pool}_workers {met:.1f}\n" for pool, met in pools.items()]
+                return self._answer(200, "text/plain", "".join(lines).encode())
             body = json.dumps({"state": "starting", "phase": "fake phase", "percent": 50.0}).encode()
             self._answer(200 if is_good else 503, "application/json", body)
 
