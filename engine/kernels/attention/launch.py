@@ -204,11 +204,9 @@ def tile_config(arch: int, shape: AttentionShape, *, decode: bool, deterministic
         return TileConfig(
             block_m=max(128, rows), block_n=64, split_size=0, num_warps=8, num_stages=3, programs_per_sm=1
         )
-    # Numbers on their way from int8 to bfloat16 need registers of their own.
-    num_warps = 8 if shape.quantised else 4
+    # Four warps would have all 255 registers to themselves, and some compilers spill then.
     return TileConfig(
-        block_m=max(64, rows), block_n=64, split_size=0, num_warps=num_warps, num_stages=3,
-        programs_per_sm=8 // num_warps,
+        block_m=max(64, rows), block_n=64, split_size=0, num_warps=8, num_stages=3, programs_per_sm=1
     )  # fmt: skip
 
 

@@ -364,5 +364,7 @@ def combine_kernel(
         maximum, total, acc = _merge(maximum, total, acc, split_maximum, split_total, split_acc)
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_pointers = out + (token * stride_out + heads * stride_out_head)[:, None] + dims[None, :]
-    real = (rows[:, None] < GROUP) & (dims[None, :] < HEAD_DIM) & (program_token - q_begin < q_len)
+    # A padding row has no dimensions. (As a scalar in the mask, Triton 3.9 would interpret this as int32.)
+    num_dims = tl.where(program_token - q_begin < q_len, HEAD_DIM, 0)
+    real = (rows[:, None] < GROUP) & (dims[None, :] < num_dims)
     tl.store(out_pointers, result.to(out.dtype.element_ty), mask=real)

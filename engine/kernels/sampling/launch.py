@@ -58,7 +58,7 @@ def compile_config(arch: int, kernel: str, config: Config, gumbel: bool = False)
         "draw": {"TILE": config.tile, "TILES": MAX_TILES, "BLOCK": block, "GUMBEL": gumbel},
         "top": {"TILE": config.tile, "TILES": MAX_TILES},
     }
-    return CompileConfig(constants=constants[kernel], num_warps=8 if kernel == "draw" else 4)
+    return CompileConfig(constants=constants[kernel], num_warps=8 if kernel in ("draw", "prepare") else 4)
 
 
 class Workspace:
