@@ -22,7 +22,7 @@ from kvtransfer.nixl_transport import NixlMemory, NixlReader, Pair, _Stop
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.transport import BlockRead, BlockSource, SourceBlock
 
-BLOCK_BYTES, NUM_BLOCKS = 1 << 20, 16
+BLOCK_BYTES, NUM_BLOCKS = 4 << 20, 16  # four groups: two are read while two wait
 PATIENCE_S = 20.0
 BLOCKS = [SourceBlock(index, index, 7) for index in range(NUM_BLOCKS)]
 
