@@ -24,19 +24,14 @@ class Health:
 
 def ask_health(address: str, probe: str, *, timeout_s: float) -> Health | None:
     """GET `probe` of the process at `host:port`; None if it does not answer."""
-    host, _, port = address.rpartition(":")
-    connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=timeout_s)
     try:
-        connection.request("GET", probe)
-        response = connection.getresponse()
-        body: object = json.loads(response.read(65536) or b"{}")
+        status, text = _get(address, probe, timeout_s=timeout_s, max_bytes=65536)
+        body: object = json.loads(text or b"{}")
     except (OSError, http.client.HTTPException, ValueError):
         return None
-    finally:
-        connection.close()
     fields = cast("dict[str, Any]", body) if isinstance(body, dict) else {}
     return Health(
-        is_good=response.status == 200,
+        is_good=status == 200,
         state=str(fields.get("state", "")),
         phase=str(fields.get("phase", "")),
         percent=float(fields.get("percent") or 0.0),
@@ -51,21 +46,29 @@ def _ways(pairs: object) -> tuple[str, ...]:
 
 def ask_connected_workers(address: str, *, timeout_s: float) -> dict[str, int]:
     """How many workers the gateway at `host:port` has met, by pool, as its metrics say; empty if it does not answer."""
-    host, _, port = address.rpartition(":")
-    connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=timeout_s)
     try:
-        connection.request("GET", "/metrics")
-        lines = connection.getresponse().read(1 << 20).decode().splitlines()
+        _, text = _get(address, "/metrics", timeout_s=timeout_s, max_bytes=1 << 20)
+        lines = text.decode().splitlines()
     except (OSError, http.client.HTTPException, ValueError):
         return {}
-    finally:
-        connection.close()
     values = dict(
         line.rsplit(" ", 1)
         for line in lines
         if line.startswith(("baton_gateway_decode_workers ", "baton_gateway_prefill_workers "))
     )
     return {name.split("_")[2]: int(float(value)) for name, value in values.items()}
+
+
+def _get(address: str, path: str, *, timeout_s: float, max_bytes: int) -> tuple[int, bytes]:
+    """Status and body. Raises: OSError, HTTPException."""
+    host, _, port = address.rpartition(":")
+    connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=timeout_s)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read(max_bytes)
+    finally:
+        connection.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
         source = source_of(case, arch)
         log, kernel = _compile(source, arch, _options(case, arch))
         return _read(log, kernel)
-    except Exception as error:
+    except Exception as error:  # whatever the compiler raises is its verdict on this case
         return Compiled(error=_short(error))
 
 

@@ -54,7 +54,7 @@ def _run(bench: Bench, name: str) -> bool:
         if name != "copy" and not bench.bandwidth:
             measure_copy(bench)
         _part(name)(bench)
-    except Exception:
+    except Exception:  # one part that fails must not cost the others their minutes on the device
         traceback.print_exc()
         return False
     finally:

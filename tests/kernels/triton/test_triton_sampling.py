@@ -15,40 +15,17 @@ from torch import Tensor
 from engine.kernels.sampling import launch, reference
 from engine.kernels.sampling.packed_rows import Results, RowBuffer, pack_rows
 from engine.kernels.sampling.rows import Draws, SampleRow
-from engine.token_counts import TokenCounts
+from tests.sampling_rows import HISTORY, ROW, seen
+from tests.sampling_rows import VARIANTS as PLAIN_VARIANTS
 
 CPU = torch.device("cpu")
 SMALL = launch.Config(tile=64, block=32, listed=4, group=2, capacity=48)
 """Many tiles, lists in parts, and more candidates than room: every loop turns more than once."""
 
 
-def seen(*token_ids: int, num_prompt: int) -> TokenCounts:
-    return TokenCounts().advance(token_ids, num_prompt)
-
-
-ROW = SampleRow(logits_row=0, seed=1, choice=0, position=10)
-HISTORY = (5, 5, 9, 0, 9, 5, 31, 30)
-VARIANTS = {
-    "greedy": replace(ROW, temperature=0),
-    "plain": ROW,
-    "cold": replace(ROW, temperature=0.1),
-    "hot": replace(ROW, temperature=5.0),
-    "top-1": replace(ROW, top_k=1),
-    "top-7": replace(ROW, top_k=7),
-    "top-all": replace(ROW, top_k=10**6),
-    "top-p": replace(ROW, top_p=0.8),
-    "tiny-top-p": replace(ROW, top_p=1e-9),
-    "top-p-hot": replace(ROW, top_p=0.99, temperature=3.0),
-    "both": replace(ROW, top_k=20, top_p=0.5),
+VARIANTS = PLAIN_VARIANTS | {
     "min-p": replace(ROW, min_p=0.1),
     "all-cuts": replace(ROW, min_p=0.01, top_k=12, top_p=0.9, temperature=2.0),
-    "repetition": replace(ROW, repetition=1.7, seen=seen(*HISTORY, num_prompt=3)),
-    "frequency": replace(ROW, frequency=1.2, seen=seen(*HISTORY, num_prompt=3), temperature=0),
-    "presence": replace(ROW, presence=1.5, seen=seen(*HISTORY, num_prompt=3), top_k=5),
-    "all-penalties": replace(
-        ROW, repetition=1.1, frequency=0.3, presence=-0.4, seen=seen(*HISTORY, num_prompt=0), top_p=0.9, top_k=9
-    ),
-    "banned": replace(ROW, banned=(0, 1, 2, 3), top_k=30),
     "banned-and-seen": replace(ROW, banned=(5, 9), presence=-20.0, seen=seen(*HISTORY, num_prompt=0)),
 }
 
