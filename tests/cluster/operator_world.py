@@ -29,6 +29,7 @@ from baton_operator import crd, kinds
 from baton_operator.objects import COMPONENT_LABEL, REVISION_LABEL, SERVICE_LABEL
 from tests.cluster.api_proxy import ApiProxy
 from tests.cluster.kube import Cluster, write_kubeconfig
+from tests.cluster.processes import end_with_parent
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _ACCOUNT = "baton-operator"
@@ -379,7 +380,7 @@ class Operator:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "baton_operator", "run", "--http", f"127.0.0.1:{self._port}", *self._arguments],
-                env=environment, stdout=log, stderr=subprocess.STDOUT, cwd="/",
+                env=environment, stdout=log, stderr=subprocess.STDOUT, cwd="/", preexec_fn=end_with_parent,
             )  # fmt: skip
 
     @property
