@@ -8,13 +8,16 @@ ARGS ?=
 # Paths that pyright and ruff look at come from pyproject.toml.
 .DEFAULT_GOAL := help
 
-.PHONY: help env model cluster-tools images chart up down test lint format bench bench-transfer soak proto clean
+.PHONY: help env lock model cluster-tools images chart up down test lint format bench bench-transfer soak proto clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 env: ## make or refresh .venv (a second run takes milliseconds)
 	@scripts/setup_env.sh
+
+lock: ## move scripts/constraints.txt, the versions that .venv has, to the newest
+	@scripts/setup_env.sh lock
 
 model: env ## download SmolLM2-135M-Instruct (93 MB) into the model cache, once
 	@$(PYTHON) -m baton pull smollm2

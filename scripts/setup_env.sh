@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Make .venv with everything a developer, a test or `baton up` needs, or return at once if it is up to date.
 #
-# The stamp is the hash of pyproject.toml and of this script: a new dependency or a moved checkout makes it again.
+# The versions are those of constraints.txt, which every developer and CI share: a release of the night before breaks
+# nobody's morning. `make lock` moves to the newest. Who installs the package with pip is bound by pyproject.toml alone.
+# The stamp is the hash of all three: a new dependency, other versions or a moved checkout make the environment again.
 # uv installs the set in a minute where pip takes several, so it is fetched when it is missing; pip is the fallback.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,13 +12,14 @@ VENV=.venv
 STAMP=$VENV/.baton-stamp
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/baton
 EXTRAS=worker,operator,nixl,dev
+CONSTRAINTS=scripts/constraints.txt
 QUIET=--quiet
 [ -t 2 ] && QUIET= # somebody is watching: show how far it is
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
 wanted_stamp() {
-    { cat pyproject.toml scripts/setup_env.sh; pwd -P; } | { sha256sum 2>/dev/null || shasum -a 256; } | cut -d' ' -f1
+    { cat pyproject.toml "$CONSTRAINTS" scripts/setup_env.sh; pwd -P; } | { sha256sum 2>/dev/null || shasum -a 256; } | cut -d' ' -f1
 }
 
 # A python >= 3.11 on PATH; uv can bring one where there is none.
@@ -49,8 +52,8 @@ find_uv() {
 
 install_with_uv() {
     local uv=$1 python=$2
-    "$uv" venv --quiet --clear --python "${python:->=3.11}" "$VENV" &&
-        "$uv" pip install $QUIET --python "$VENV/bin/python" -e ".[$EXTRAS]"
+    "$uv" venv --quiet --clear --python "${python:->=3.11}" "$VENV" || return
+    with_or_without_constraints "$uv" pip install $QUIET --python "$VENV/bin/python" -e ".[$EXTRAS]"
 }
 
 install_with_pip() {
@@ -59,7 +62,22 @@ install_with_pip() {
         say "Python 3.11 or newer is needed, and uv, which could bring one, cannot be had. Install Python, then try again."
         return 1
     fi
-    "$python" -m venv --clear "$VENV" && "$VENV/bin/python" -m pip install $QUIET -e ".[$EXTRAS]"
+    "$python" -m venv --clear "$VENV" || return
+    with_or_without_constraints "$VENV/bin/python" -m pip install $QUIET -e ".[$EXTRAS]"
+}
+
+# A platform for which a locked version was never built still gets what pyproject.toml allows.
+with_or_without_constraints() {
+    "$@" --constraint "$CONSTRAINTS" && return
+    say "the versions of $CONSTRAINTS cannot be had here: taking the newest that pyproject.toml allows"
+    "$@"
+}
+
+# The newest versions that go together, for every platform and Python that the package runs on. Its tool is uv.
+lock() {
+    "$(find_uv)" pip compile pyproject.toml --quiet --universal --upgrade --python-version 3.11 --no-header --no-annotate \
+        $(printf -- '--extra %s ' ${EXTRAS//,/ }) --output-file "$CONSTRAINTS"
+    say "$CONSTRAINTS: $(grep -c == "$CONSTRAINTS") packages"
 }
 
 # The engine's CPU kernels are compiled at first use. Without any compiler the product runs on torch's operators, slower.
@@ -98,4 +116,7 @@ main() {
     say "$VENV is ready after $((SECONDS - started)) s"
 }
 
-main
+case "${1:-}" in
+lock) lock ;;
+*) main ;;
+esac

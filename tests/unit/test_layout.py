@@ -9,10 +9,12 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
@@ -134,3 +136,19 @@ def test_no_registry_host_is_named_in_the_build() -> None:
     build = [ROOT / "Makefile", ROOT / ".ci" / "run", ROOT / "pyproject.toml", *(ROOT / "scripts").iterdir()]
     sources = [path for path in python_files() if ROOT / "tests" not in path.parents]
     assert [path for path in (*build, *sources) if pattern.search(path.read_text())] == []
+
+
+def test_every_dependency_is_locked_to_a_version_that_it_allows() -> None:
+    """`make` installs the versions of scripts/constraints.txt; what is missing there floats until it breaks us."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked = [
+        *project["dependencies"],
+        *(each for extra in ("worker", "operator", "nixl", "dev") for each in extras[extra]),
+    ]
+    lines = (ROOT / "scripts" / "constraints.txt").read_text().splitlines()
+    locked = {each.name: each.specifier for each in map(Requirement, lines)}
+    for wanted in map(Requirement, asked):
+        name = re.sub(r"[-_.]+", "-", wanted.name).lower()
+        version = next(iter(locked[name])).version
+        assert version in wanted.specifier, f"{name}: locked to {version}, pyproject.toml wants {wanted.specifier}"
