@@ -113,12 +113,12 @@ class Theirs:
     def prefill(self, count: int, length: int) -> tuple[Any, torch.Tensor]:
         ids = torch.randint(3, self._vocab, (count, length))
         out = self.model(ids, use_cache=True, logits_to_keep=1)
-        return out.past_key_values, out.logits[:, -1:].argmax(-1)
+        return out.cache, out.logits[:, -1:].argmax(-1)
 
     @torch.inference_mode()
     def decode(self, cache: Any, tokens: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        out = self.model(tokens, past_key_values=cache, use_cache=True)
-        return out.past_key_values, out.logits[:, -1:].argmax(-1)
+        out = self.model(tokens, cache=cache, use_cache=True)
+        return out.cache, out.logits[:, -1:].argmax(-1)
 
 
 def bench_prefill(ours: Ours, theirs: Theirs, length: int, repeats: int) -> Figure:

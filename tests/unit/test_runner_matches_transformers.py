@@ -165,9 +165,9 @@ def test_rope_that_depends_on_length_equals_transformers_token_by_token(tmp_path
     check_lengths(pair, (1, 17, 64))
     sequence = pair.sequence(100)
     with torch.inference_mode():
-        cache = pair.theirs(torch.tensor([sequence.token_ids[:64]]), use_cache=True).past_key_values
+        cache = pair.theirs(torch.tensor([sequence.token_ids[:64]]), use_cache=True).cache
         for position in range(64, 100):
-            want = pair.theirs(torch.tensor([[sequence.token_ids[position]]]), past_key_values=cache).logits[0, -1]
+            want = pair.theirs(torch.tensor([[sequence.token_ids[position]]]), cache=cache).logits[0, -1]
     got = pair.ours.logits(Batch((), (Chunk(sequence, 0, 100, (sequence,)),)))[0]
     assert (got - want).abs().max() < MAX_ABS_ERROR
 
