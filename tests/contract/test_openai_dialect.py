@@ -90,6 +90,16 @@ async def test_usage_counts_prompt_output_and_cached_tokens(harness: Harness) ->
 
 
 async def test_chat_fills_the_context_when_no_limit_is_given(tmp_path: Path) -> None:
+async def test_cached_tokens_are_never_more_than_the_prompt_has(tmp_path: Path) -> None:
+    """A worker that goes on with a log finds blocks of prompt and log."""
+    stats = pb.AttemptStats(num_cached_tokens=48, prefill_path="local", path_reason="fake")
+    async with running(tmp_path, FakeDecodeWorker(script=Script(stats=stats))) as harness:
+        body = (await harness.complete(max_tokens=3, metrics=True)).json()
+        assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 5}
+        assert body["metrics"]["cached_tokens"] == 5
+        assert await harness.metric("vllm:prompt_tokens_cached_total") == 5
+
+
     async with running(tmp_path, FakeDecodeWorker(), model=write_fake_model(tmp_path / "m", 64)) as harness:
         body = (await harness.chat(max_tokens=None)).json()
         assert body["usage"]["total_tokens"] == 64
