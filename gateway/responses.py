@@ -75,9 +75,11 @@ class Outbox:
         self._waiter: asyncio.Future[None] | None = None
         self.is_closed = False
         self.has_written = False  # from here on, an error is a frame and no longer a status
+        self.is_quiet = True  # nothing was written since somebody last set it
 
     def write(self, frame: bytes) -> None:
         self.has_written = True
+        self.is_quiet = False
         self._frames.append(frame)
         if self._waiter is not None:
             self._wake()

@@ -14,8 +14,9 @@ import openai
 import pytest
 import pytest_asyncio
 
+from gateway import app
 from gateway.dialect import UNSUPPORTED
-from gateway.fake_decode_worker import FakeDecodeWorker, Script, scripted
+from gateway.fake_decode_worker import FakeDecodeWorker, Fault, Script, scripted
 from gateway.fake_model import EOS_ID, write_fake_model
 from kvtransfer.protocol import baton_pb2 as pb
 from tests.gateway_harness import MODEL_ID, Harness, events, running, streamed_text
@@ -89,7 +90,6 @@ async def test_usage_counts_prompt_output_and_cached_tokens(harness: Harness) ->
     }  # fmt: skip
 
 
-async def test_chat_fills_the_context_when_no_limit_is_given(tmp_path: Path) -> None:
 async def test_cached_tokens_are_never_more_than_the_prompt_has(tmp_path: Path) -> None:
     """A worker that goes on with a log finds blocks of prompt and log."""
     stats = pb.AttemptStats(num_cached_tokens=48, prefill_path="local", path_reason="fake")
@@ -100,6 +100,7 @@ async def test_cached_tokens_are_never_more_than_the_prompt_has(tmp_path: Path) 
         assert await harness.metric("vllm:prompt_tokens_cached_total") == 5
 
 
+async def test_chat_fills_the_context_when_no_limit_is_given(tmp_path: Path) -> None:
     async with running(tmp_path, FakeDecodeWorker(), model=write_fake_model(tmp_path / "m", 64)) as harness:
         body = (await harness.chat(max_tokens=None)).json()
         assert body["usage"]["total_tokens"] == 64
@@ -554,6 +555,27 @@ async def test_a_full_queue_is_a_503_that_says_when_to_return(tmp_path: Path) ->
         assert response.headers["x-should-retry"] == "true"
         assert await harness.metric("vllm:admission_rejections_total") == 1
         assert (await waiting).status_code == 504
+
+
+@pytest.mark.parametrize("num_tokens", [0, 3], ids=["queued", "its worker stands still"])
+async def test_a_stream_that_has_nothing_to_say_is_kept_alive_with_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_tokens: int
+) -> None:
+    monkeypatch.setattr(app, "KEEP_ALIVE_S", 0.05)
+    workers = [FakeDecodeWorker(script=Script(fault=Fault.STALL, at=num_tokens))] if num_tokens else []
+    request = {"prompt": "hello", "max_tokens": 8, "stream": True}
+    async with (
+        running(tmp_path, *workers) as harness,
+        harness.http.stream("POST", "/v1/completions", json=request) as response,
+    ):
+        assert response.status_code == 200
+        num_data = num_comments = 0
+        async for line in response.aiter_lines():
+            num_data += line.startswith("data: ")
+            num_comments += num_data == num_tokens and line == ": waiting"
+            if num_comments == 3:
+                break
+    assert num_comments == 3
 
 
 async def test_a_worker_that_refuses_everything_is_a_503(tmp_path: Path) -> None:
