@@ -600,6 +600,7 @@ class SimpleEndpoints:
     async def detokenize(self, request: Request) -> Response:
         body, ignored = dialect.parse(DetokenizeBody, await read_json(request.scope, request.receive))
         check_model(self._gateway, body.model)
+        dialect.check_in_vocabulary("tokens", body.tokens, self._gateway.limits)
         return _json({"prompt": self._gateway.text.decode(body.tokens)}, _ignored_header(ignored))
 
     async def is_healthy(self, request: Request) -> Response:

@@ -687,6 +687,15 @@ async def test_tokenize_and_detokenize_are_inverse(harness: Harness) -> None:
     assert (await harness.http.post("/tokenize", json={})).status_code == 400
 
 
+async def test_detokenize_names_a_token_that_does_not_exist(harness: Harness) -> None:
+    """It was left out of the text without a word."""
+    response = await harness.http.post("/detokenize", json={"tokens": [70, 10**9]})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "tokens"
+    assert "token id 1000000000 is not below the vocabulary size" in response.json()["error"]["message"]
+    assert (await harness.http.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}
+
+
 async def test_big_prompts_are_tokenized_beside_the_event_loop(harness: Harness) -> None:
     response = await harness.http.post("/tokenize", json={"prompt": "word " * 20_000})
     assert response.json()["count"] == 100_000
