@@ -19,7 +19,7 @@ from gateway.dialect import UNSUPPORTED
 from gateway.fake_decode_worker import FakeDecodeWorker, Fault, Script, scripted
 from gateway.fake_model import EOS_ID, write_fake_model
 from kvtransfer.protocol import baton_pb2 as pb
-from tests.gateway_harness import MODEL_ID, Harness, events, running, streamed_text
+from tests.gateway_harness import MODEL_ID, PATIENCE_S, Harness, events, running, streamed_text
 
 STATS = pb.AttemptStats(
     num_cached_tokens=4, prefill_path="remote", path_reason="long_prompt", queue_s=0.5, prefill_s=0.25,
@@ -187,7 +187,7 @@ async def test_a_stop_string_ends_the_choice_and_is_named(tmp_path: Path) -> Non
         body = (await harness.complete(stop=["nix", "STOP"], max_tokens=30)).json()
         assert body["choices"][0]["text"] == "one "
         assert (body["choices"][0]["finish_reason"], body["choices"][0]["stop_reason"]) == ("stop", "STOP")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await harness.worker.was_cancelled.wait()
 
 
@@ -289,7 +289,7 @@ async def test_half_characters_are_never_streamed(tmp_path: Path) -> None:
 async def test_a_failure_in_the_middle_is_an_event_and_no_done(tmp_path: Path) -> None:
     worker = FakeDecodeWorker(script=Script(step_s=0.01))
 
-    async with running(tmp_path, worker, request_timeout=1.0) as harness:
+    async with running(tmp_path, worker, request_timeout=3.0) as harness:  # its first token must come before
         response = await harness.complete(stream=True, max_tokens=2000)
         *_, last = events(response)
         assert response.status_code == 200
