@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from bench.service import free_port
 from tests.metrics_text import Metrics
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parents[2]
 API_KEY = "canary-api-key-5150"
@@ -47,7 +47,7 @@ class Operated:
     def baton(self, *arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "baton", *arguments],
-            cwd=ROOT, env=self.environ, text=True, capture_output=True, timeout=280, check=False,
+            cwd=ROOT, env=self.environ, text=True, capture_output=True, timeout=500, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -106,8 +106,8 @@ def operated(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Gene
     (folder / "service.yaml").write_text(yaml.safe_dump(head | {"spec": spec}))
     environ = os.environ | {"BATON_RUN_DIR": str(folder / "run"), "BATON_LOG_LEVEL": "debug"}
     service = Operated(folder, port, environ)
-    service.baton("up", "--detach", "--file", str(folder / "service.yaml"))
     try:
+        service.baton("up", "--detach", "--file", str(folder / "service.yaml"))
         service.at_start = service.metrics()
         _talk(service)
         yield service
