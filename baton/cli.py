@@ -74,7 +74,7 @@ def ps(
     name: NameOption = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Show a service's processes: state, restarts, share of the machine."""
+    """Show the processes: state, restarts, share of the machine."""
     from baton.local.commands import show_processes
 
     show_processes(name, as_json=json)
@@ -87,7 +87,10 @@ def scale(
     name: NameOption = None,
     wait: Annotated[bool, typer.Option(help="return when the pool has that many ready workers")] = True,
 ) -> None:
-    """Give a pool more or fewer workers; those that go finish their requests first."""
+    """Give a pool more or fewer workers.
+
+    Those that go finish their requests first.
+    """
     from baton.local.commands import scale_pool
 
     scale_pool(name, pool, replicas, wait=wait)
@@ -151,7 +154,10 @@ def plan(
     ] = None,
     output: Annotated[str, typer.Option("--output", "-o", help="text, or yaml: the objects alone")] = "text",
 ) -> None:
-    """Print what the operator would make of a service on a cluster, and in which steps. Touches nothing."""
+    """Print what the operator would make of a service.
+
+    Its objects on a cluster, and the steps in which they come. Touches nothing.
+    """
     from baton.planned import show_plan
 
     show_plan(file, before, output)
@@ -162,7 +168,7 @@ def export(
     file: FileOption = None,
     helm: Annotated[bool, typer.Option("--helm", help="print values of the chart helm/baton instead")] = False,
 ) -> None:
-    """Print the service for a cluster: an LLMService for kubectl, or Helm values."""
+    """Print the service for kubectl, or as Helm values."""
     from baton.export import for_helm, for_kubectl
     from baton.local.service_file import load_stated
 

@@ -117,4 +117,4 @@ def _pass_lines(steps: tuple[Step, ...]) -> Iterator[str]:
 
 
 def _is_of_workers(step: Apply) -> bool:
-    return REVISION_LABEL in step.manifest["metadata"]["labels"]
+    return REVISION_LABEL in step.manifest["metadata"].get("labels", {})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -22,7 +24,7 @@ from baton.local.control import Command, ProcessView, Reply, Verb, send_command
 from baton.local.errors import LocalError
 from baton.local.rundir import RunDir
 
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 480.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,7 @@ def running_document(document: Mapping[str, Any], *, environ: Mapping[str, str] 
             finally:
                 up.send_signal(signal.SIGINT)
                 try:
-                    up.wait(60)
+                    up.wait(120)
                 except subprocess.TimeoutExpired:
                     up.kill()
                     raise
@@ -206,6 +208,12 @@ def _wait_until_up(up: subprocess.Popen[bytes], service: Service, log: Path) -> 
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody has, below those that the kernel hands out: a connection of anybody's could take one of those
+    before the service listens, or while it is down. Raises: RuntimeError.
+    """
+    for _ in range(1000):
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port was found between 20000 and 32000")

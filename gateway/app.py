@@ -419,7 +419,7 @@ class _Answer:
         self._generations = [self._generation(r, self._stream_sink(n, r, outbox)) for n, r in enumerate(self._requests)]
         live = LiveResponse(scope.get(ABORT, lambda: None))
         self._gateway.live.add(live)
-        keep_alive = _KeepAlive(outbox, self._generations)
+        keep_alive = _KeepAlive(outbox)
         try:
             async with _watched(receive, self._run_into(outbox)) as work:
                 await outbox.wait()
@@ -511,11 +511,12 @@ class _Answer:
 
 
 class _KeepAlive:
-    """SSE comments while nothing can be said yet, so that proxies and clients do not give up on a queued request."""
+    """SSE comments while nothing can be said, so that proxies and clients do not give up on a request that is queued,
+    or whose decode worker died and which waits for another.
+    """
 
-    def __init__(self, outbox: Outbox, generations: Sequence[Generation]) -> None:
+    def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
-        self._generations = generations
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(KEEP_ALIVE_S, self._tick)
 
@@ -523,9 +524,12 @@ class _KeepAlive:
         self._timer.cancel()
 
     def _tick(self) -> None:
-        if not self._outbox.is_closed and not any(g.timing.first_token_at for g in self._generations):
+        if self._outbox.is_closed:
+            return
+        if self._outbox.is_quiet:
             self._outbox.write(responses.KEEP_ALIVE)
-            self._timer = self._loop.call_later(KEEP_ALIVE_S, self._tick)
+        self._outbox.is_quiet = True
+        self._timer = self._loop.call_later(KEEP_ALIVE_S, self._tick)
 
 
 @contextlib.asynccontextmanager
@@ -596,6 +600,7 @@ class SimpleEndpoints:
     async def detokenize(self, request: Request) -> Response:
         body, ignored = dialect.parse(DetokenizeBody, await read_json(request.scope, request.receive))
         check_model(self._gateway, body.model)
+        dialect.check_in_vocabulary("tokens", body.tokens, self._gateway.limits)
         return _json({"prompt": self._gateway.text.decode(body.tokens)}, _ignored_header(ignored))
 
     async def is_healthy(self, request: Request) -> Response:

@@ -360,12 +360,17 @@ def checked_prompt(body: ChatBody | CompletionBody, token_ids: list[int], limits
     name = body.prompt_name
     if not token_ids:
         raise InvalidRequest(f"{name}: no tokens; send at least one", param=name)
-    largest = max(token_ids)
+    check_in_vocabulary(name, token_ids, limits)
+    return tuple(token_ids)
+
+
+def check_in_vocabulary(name: str, token_ids: Sequence[int], limits: ModelLimits) -> None:
+    """Raises: InvalidRequest naming the field and an id that the model does not have."""
+    largest = max(token_ids, default=0)
     if largest >= limits.vocab_size:
         raise InvalidRequest(
             f"{name}: token id {largest} is not below the vocabulary size {limits.vocab_size}", param=name
         )
-    return tuple(token_ids)
 
 
 def _max_tokens(body: ChatBody | CompletionBody, length: AskedLength, limits: ModelLimits) -> int:

@@ -109,6 +109,11 @@ class Generation:
         return self.timing.received_at + self.request.timeout_s
 
     @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens found in a cache. A worker that went on with a log may have found some of that log too."""
+        return min(self.stats.num_cached_tokens, len(self.request.prompt_token_ids)) if self.stats else 0
+
+    @property
     def num_output_tokens(self) -> int:
         """For how many tokens of output a worker must have room, so that each choice comes to its end or goes on."""
         asked = self.request.length.num_output_tokens

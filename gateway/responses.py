@@ -75,9 +75,11 @@ class Outbox:
         self._waiter: asyncio.Future[None] | None = None
         self.is_closed = False
         self.has_written = False  # from here on, an error is a frame and no longer a status
+        self.is_quiet = True  # nothing was written since somebody last set it
 
     def write(self, frame: bytes) -> None:
         self.has_written = True
+        self.is_quiet = False
         self._frames.append(frame)
         if self._waiter is not None:
             self._wake()
@@ -129,7 +131,7 @@ def usage_of(generations: Sequence[Generation]) -> Usage:
     for generation in generations:
         usage.num_prompt += len(generation.request.prompt_token_ids)
         usage.num_completion += generation.log.num_committed
-        usage.num_cached += generation.stats.num_cached_tokens if generation.stats else 0
+        usage.num_cached += generation.num_cached_tokens
     return usage
 
 
@@ -300,7 +302,7 @@ def metrics_of(generation: Generation) -> dict[str, Any]:
             "prefill_path": stats.prefill_path,
             "prefill_path_reason": stats.path_reason,
             "transport": stats.transport or None,
-            "cached_tokens": stats.num_cached_tokens,
+            "cached_tokens": generation.num_cached_tokens,
         }
     return body
 

@@ -224,7 +224,7 @@ def _account(generation: Generation, metrics: GatewayMetrics) -> None:
             metrics.tpot.observe((timing.last_token_at - timing.first_token_at) / (len(record.token_ids) - 1))
     stats = generation.stats
     if stats is not None:
-        metrics.prompt_tokens_cached.inc(stats.num_cached_tokens)
+        metrics.prompt_tokens_cached.inc(generation.num_cached_tokens)
         metrics.queue.observe(stats.queue_s)
         metrics.prefill.observe(stats.prefill_s)
         metrics.inference.observe(stats.prefill_s + timing.last_token_at - timing.first_token_at)

@@ -30,7 +30,7 @@ def parse_source(source: str) -> Source:
     if source in PACKAGED_MODELS:
         return PACKAGED_MODELS[source]
     path = Path(source).expanduser()
-    if path.exists():
+    if source and path.exists():  # Path("") would be this folder
         return path
     hub_model = None if source.startswith((".", "/", "~")) else parse_hub_id(source)
     if hub_model is not None:

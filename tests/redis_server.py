@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from bench.service import free_port
 
 PASSWORD = "correct-horse-battery"
 ADMIN = "admin-of-the-test"
@@ -66,9 +67,7 @@ class RedisServer:
         self.password = PASSWORD
         self.prefix = prefix
         self._process: subprocess.Popen[bytes] | None = None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self.password_file = folder / "redis-password"
         self.password_file.write_text(PASSWORD + "\n")
 

@@ -43,7 +43,7 @@ TRANSPORTS = (
     "shm",
     pytest.param("nixl", marks=pytest.mark.skipif(not nixl_agent.is_available(), reason="needs the extra nixl")),
 )
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 SECRET = "correct horse"
 
 
@@ -238,7 +238,7 @@ class GatewayEnd:
         max_tokens: int = 8,
         seed: int = 7,
         salt: bytes = b"tenant",
-        deadline_s: float = 30.0,
+        deadline_s: float = PATIENCE_S,
         num_logprobs: int = -1,
     ) -> tuple[int, Answer]:
         """Send one attempt; `logs` are the committed tokens of each choice."""

@@ -177,6 +177,8 @@ class Supervisor:
 
     def _scale(self, pool: str, replicas: int) -> str:
         """Begin to scale a pool; new workers start, surplus ones drain, in the background."""
+        if self._state == "stopping":
+            raise ControlError(f"service {self._run.name!r} is stopping; start it again with `baton up`")
         role = self._pool_role(pool, replicas)
         running = [p for p in self._processes.values() if p.spec.role is role and p.state is not ProcessState.DRAINING]
         surplus = sorted(running, key=lambda process: _index_of(process.spec), reverse=True)[: -replicas or None]

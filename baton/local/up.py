@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from baton.local.service_file import Overrides, load_service
 from baton.local.supervisor import Supervisor
 from baton_operator.resources import fields_unused
 
-LOCK_PATIENCE_S = 5.0  # a run that was killed a moment ago is still being cleaned up
+LOCK_PATIENCE_S = 15.0  # a run that was killed a moment ago is cleaned up first; its janitor takes up to 10 s
 SUPERVISOR_LOG = "supervisor"
 
 
@@ -64,10 +65,16 @@ def start_detached(file: Path | None, overrides: Overrides) -> None:
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     with open(log_path, "rb") as said:
-        while supervisor.poll() is None and not _is_ready(run):
+        try:
+            while supervisor.poll() is None and not _is_ready(run):
+                _print_new(said.read())
+                time.sleep(0.1)
+        except KeyboardInterrupt:  # the supervisor has a session of its own, so the terminal's Ctrl-C is not for it
+            supervisor.send_signal(signal.SIGINT)
+            supervisor.wait()
+            raise
+        finally:
             _print_new(said.read())
-            time.sleep(0.1)
-        _print_new(said.read())
     if supervisor.poll() is not None:
         raise StartFailed(f"the service ended with exit code {supervisor.returncode}; its log is {log_path}")
 

@@ -15,7 +15,7 @@ from gateway import http_protocol
 from gateway.fake_decode_worker import FakeDecodeWorker, Script
 from gateway.http_protocol import MAX_HEADER_BYTES, BoundedHttpProtocol
 from servicekit.health import HealthState, Phase, start_http
-from tests.gateway_harness import Harness, running
+from tests.gateway_harness import PATIENCE_S, Harness, running
 
 BODY = {"prompt": "hello", "max_tokens": 3}
 
@@ -88,7 +88,7 @@ async def test_headers_without_an_end_are_refused_before_they_fill_the_memory(tm
             for piece in pieces:
                 writer.write(piece)
                 await asyncio.sleep(0.01)
-        assert parse(await asyncio.wait_for(answer, 5))[0] == 431
+        assert parse(await asyncio.wait_for(answer, PATIENCE_S))[0] == 431
         writer.close()
 
 
@@ -123,9 +123,9 @@ async def test_garbage_behind_a_request_never_lands_in_its_answer(tmp_path: Path
         writer.write(request(BODY | {"stream": True, "max_tokens": 500}))
         await reader.readuntil(b"data: ")
         writer.write(b"\x00garbage\r\n\r\n")
-        rest = await asyncio.wait_for(reader.read(), 5)
+        rest = await asyncio.wait_for(reader.read(), PATIENCE_S)
         assert b"HTTP/1.1 400" not in rest
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await harness.worker.was_cancelled.wait()
         writer.close()
 

@@ -14,11 +14,12 @@ import openai
 import pytest
 import pytest_asyncio
 
+from gateway import app
 from gateway.dialect import UNSUPPORTED
-from gateway.fake_decode_worker import FakeDecodeWorker, Script, scripted
+from gateway.fake_decode_worker import FakeDecodeWorker, Fault, Script, scripted
 from gateway.fake_model import EOS_ID, write_fake_model
 from kvtransfer.protocol import baton_pb2 as pb
-from tests.gateway_harness import MODEL_ID, Harness, events, running, streamed_text
+from tests.gateway_harness import MODEL_ID, PATIENCE_S, Harness, events, running, streamed_text
 
 STATS = pb.AttemptStats(
     num_cached_tokens=4, prefill_path="remote", path_reason="long_prompt", queue_s=0.5, prefill_s=0.25,
@@ -87,6 +88,16 @@ async def test_usage_counts_prompt_output_and_cached_tokens(harness: Harness) ->
     assert usage == {
         "prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8, "prompt_tokens_details": {"cached_tokens": 4},
     }  # fmt: skip
+
+
+async def test_cached_tokens_are_never_more_than_the_prompt_has(tmp_path: Path) -> None:
+    """A worker that goes on with a log finds blocks of prompt and log."""
+    stats = pb.AttemptStats(num_cached_tokens=48, prefill_path="local", path_reason="fake")
+    async with running(tmp_path, FakeDecodeWorker(script=Script(stats=stats))) as harness:
+        body = (await harness.complete(max_tokens=3, metrics=True)).json()
+        assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 5}
+        assert body["metrics"]["cached_tokens"] == 5
+        assert await harness.metric("vllm:prompt_tokens_cached_total") == 5
 
 
 async def test_chat_fills_the_context_when_no_limit_is_given(tmp_path: Path) -> None:
@@ -176,7 +187,7 @@ async def test_a_stop_string_ends_the_choice_and_is_named(tmp_path: Path) -> Non
         body = (await harness.complete(stop=["nix", "STOP"], max_tokens=30)).json()
         assert body["choices"][0]["text"] == "one "
         assert (body["choices"][0]["finish_reason"], body["choices"][0]["stop_reason"]) == ("stop", "STOP")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await harness.worker.was_cancelled.wait()
 
 
@@ -278,7 +289,7 @@ async def test_half_characters_are_never_streamed(tmp_path: Path) -> None:
 async def test_a_failure_in_the_middle_is_an_event_and_no_done(tmp_path: Path) -> None:
     worker = FakeDecodeWorker(script=Script(step_s=0.01))
 
-    async with running(tmp_path, worker, request_timeout=1.0) as harness:
+    async with running(tmp_path, worker, request_timeout=3.0) as harness:  # its first token must come before
         response = await harness.complete(stream=True, max_tokens=2000)
         *_, last = events(response)
         assert response.status_code == 200
@@ -546,6 +557,27 @@ async def test_a_full_queue_is_a_503_that_says_when_to_return(tmp_path: Path) ->
         assert (await waiting).status_code == 504
 
 
+@pytest.mark.parametrize("num_tokens", [0, 3], ids=["queued", "its worker stands still"])
+async def test_a_stream_that_has_nothing_to_say_is_kept_alive_with_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_tokens: int
+) -> None:
+    monkeypatch.setattr(app, "KEEP_ALIVE_S", 0.05)
+    workers = [FakeDecodeWorker(script=Script(fault=Fault.STALL, at=num_tokens))] if num_tokens else []
+    request = {"prompt": "hello", "max_tokens": 8, "stream": True}
+    async with (
+        running(tmp_path, *workers) as harness,
+        harness.http.stream("POST", "/v1/completions", json=request) as response,
+    ):
+        assert response.status_code == 200
+        num_data = num_comments = 0
+        async for line in response.aiter_lines():
+            num_data += line.startswith("data: ")
+            num_comments += num_data == num_tokens and line == ": waiting"
+            if num_comments == 3:
+                break
+    assert num_comments == 3
+
+
 async def test_a_worker_that_refuses_everything_is_a_503(tmp_path: Path) -> None:
     async with running(tmp_path, FakeDecodeWorker(script=Script(refuse=pb.END_OVERLOADED))) as harness:
         response = await harness.complete()
@@ -653,6 +685,15 @@ async def test_tokenize_and_detokenize_are_inverse(harness: Harness) -> None:
     text = (await harness.http.post("/detokenize", json={"tokens": chat["tokens"]})).json()["prompt"]
     assert text == "<|user|>hello\n<|assistant|>"
     assert (await harness.http.post("/tokenize", json={})).status_code == 400
+
+
+async def test_detokenize_names_a_token_that_does_not_exist(harness: Harness) -> None:
+    """It was left out of the text without a word."""
+    response = await harness.http.post("/detokenize", json={"tokens": [70, 10**9]})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "tokens"
+    assert "token id 1000000000 is not below the vocabulary size" in response.json()["error"]["message"]
+    assert (await harness.http.post("/detokenize", json={"tokens": []})).json() == {"prompt": ""}
 
 
 async def test_big_prompts_are_tokenized_beside_the_event_loop(harness: Harness) -> None:

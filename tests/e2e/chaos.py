@@ -187,7 +187,7 @@ def _victims(rng: random.Random, ready: Sequence[Worker]) -> list[Worker]:
     return [rng.choice([*prefill, *decode])]
 
 
-def wait_enough_ready(service: Service, struck: Collection[int] = (), timeout_s: float = 120.0) -> list[Worker]:
+def wait_enough_ready(service: Service, struck: Collection[int] = (), timeout_s: float = 300.0) -> list[Worker]:
     """The ready workers but the pids in `struck`, once there are two decode workers and a prefill worker."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -125,20 +125,27 @@ def test_a_killed_gateway_breaks_its_streams_frees_the_workers_and_comes_back(se
 
 
 def test_work_stops_when_the_client_leaves(service: Service) -> None:
-    """Six clients leave while their prompts are prefilled, six while their tokens come."""
+    """Many clients leave while their prompts are prefilled, six while their tokens come.
+
+    So many prompts that they take seconds: on a busy machine this process may lose its turn for one, between two calls.
+    """
     gateway = service.workers("gateway")[0]
     gone, computed = "baton_gateway_client_disconnects_total", "vllm:iteration_tokens_total_sum"
     gone_before = census.scrape(gateway).value(gone)
-    for role, num_events, num_prompt_tokens, num_tokens in (("prefill", 0, 1800, 1800), ("decode", 3, 200, 1700)):
+    for role, num_clients, num_events, num_prompt_tokens, num_tokens in (
+        ("prefill", 24, 0, 1800, 1800),
+        ("decode", 6, 3, 200, 1700),
+    ):
         before = census.total(service, computed, role=role)
-        clients = [_open(service, number, num_prompt_tokens) for number in range(6)]
+        clients = [_open(service, number, num_prompt_tokens) for number in range(num_clients)]
         for client in clients:
             _leave(client, num_events)
         census.at_rest(service)
         done = census.total(service, computed, role=role) - before
-        assert done < 6 * num_tokens / 2, f"{done} of {6 * num_tokens} tokens were computed for nobody ({role})"
+        asked = num_clients * num_tokens
+        assert done < asked / 2, f"{done} of {asked} tokens were computed for nobody ({role})"
     census.eventually(
-        "every client that left is counted", lambda: census.scrape(gateway).value(gone) - gone_before == 12
+        "every client that left is counted", lambda: census.scrape(gateway).value(gone) - gone_before == 30
     )
 
 
@@ -211,8 +218,8 @@ def test_down_leaves_nothing_but_logs(tiny_llama: Path) -> None:
         sockets = census.abstract_sockets(pids)
         assert any(name.startswith("baton-kv-") for name in sockets), sockets
         service.baton("down")
-        assert wait_until_gone(pids, timeout_s=30) == []
-        census.eventually("the files are gone", lambda: _files(service) == {"logs"}, timeout_s=20)
+        assert wait_until_gone(pids, timeout_s=60) == []
+        census.eventually("the files are gone", lambda: _files(service) == {"logs"})
     for port in ports:
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0, f"somebody listens on {port}"

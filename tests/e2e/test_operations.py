@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Generator
@@ -18,8 +19,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench.service import free_port
+from tests.metrics_text import Metrics
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parents[2]
 API_KEY = "canary-api-key-5150"
@@ -45,7 +47,7 @@ class Operated:
     def baton(self, *arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "baton", *arguments],
-            cwd=ROOT, env=self.environ, text=True, capture_output=True, timeout=120, check=False,
+            cwd=ROOT, env=self.environ, text=True, capture_output=True, timeout=500, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -71,10 +73,19 @@ class Operated:
         return {row["role"]: row for row in rows}
 
     def metrics(self) -> dict[str, str]:
-        """The text of /metrics by role."""
+        """The text of /metrics by role, once all are at rest: workers hear of an answer's end later than its client."""
+        deadline = time.monotonic() + 60.0
+        while True:
+            found = self._scraped()
+            if all(Metrics.parse(text).is_at_rest for text in found.values()):
+                return found
+            assert time.monotonic() < deadline, found
+            time.sleep(0.1)
+
+    def _scraped(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for role, row in self.processes().items():
-            with urllib.request.urlopen(f"http://{row['http']}/metrics", timeout=10) as reply:
+            with urllib.request.urlopen(f"http://{row['http']}/metrics", timeout=60) as reply:
                 found[role] = reply.read().decode()
         return found
 
@@ -95,8 +106,8 @@ def operated(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Gene
     (folder / "service.yaml").write_text(yaml.safe_dump(head | {"spec": spec}))
     environ = os.environ | {"BATON_RUN_DIR": str(folder / "run"), "BATON_LOG_LEVEL": "debug"}
     service = Operated(folder, port, environ)
-    service.baton("up", "--detach", "--file", str(folder / "service.yaml"))
     try:
+        service.baton("up", "--detach", "--file", str(folder / "service.yaml"))
         service.at_start = service.metrics()
         _talk(service)
         yield service

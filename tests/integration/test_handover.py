@@ -32,6 +32,7 @@ BLOCK_SIZE = 4
 BLOCK_BYTES = 4096
 NUM_BLOCKS = 64
 SECRET = Secret("integration")
+PATIENCE_S = 60.0  # of waits that end early when all is well
 
 
 class PrefillWorker:
@@ -114,7 +115,7 @@ def order(num_tokens: int = 10, held: int = 0, **changes: object) -> PrefillOrde
         "sampling": pb.SamplingParams(max_tokens=4),
         "choices": (0, 1),
         "cache_salt": b"",
-        "deadline_s": 20.0,
+        "deadline_s": PATIENCE_S,
     }
     return PrefillOrder(**{**fields, **changes})  # type: ignore[arg-type]  # a table of overrides
 
@@ -132,7 +133,7 @@ async def connected(
 
 async def until(condition: Callable[[], object]) -> None:
     """Wait for the other end of a real socket."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():
             await asyncio.sleep(0.005)
 
@@ -300,7 +301,7 @@ async def test_a_restarted_prefill_worker_is_used_again() -> None:
         await second.start()
         decode = Decode.with_blocks(3)
         fetched: Fetched | None = None
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while fetched is None:
                 with contextlib.suppress(TransferFailed):
                     fetched = await client.fetch(order(), decode.reserve)
@@ -356,7 +357,7 @@ async def test_a_bug_in_ps_handling_of_an_engine_event_fails_that_prompt_at_once
             else:
                 patched.setattr("kvtransfer.prefill_side.PrefillSide.blocks_filled", broken)
             with pytest.raises(TransferFailed) as failed:
-                async with asyncio.timeout(3):
+                async with asyncio.timeout(20):
                     await client.fetch(order(20), Decode.with_blocks(5).reserve)
         assert failed.value.failure.kind is FailureKind.INTERNAL
         decode = Decode.with_blocks(5)

@@ -17,6 +17,14 @@ import psutil
 import pytest
 import yaml
 
+from baton.local.control import Command, Verb, send_command
+from baton.local.errors import ControlError
+from baton.local.rundir import RunDir
+from bench.service import free_port
+
+pytestmark = pytest.mark.timeout(300)
+
+PATIENCE_S = 60.0  # of waits that end early when all is well
 ROOT = Path(__file__).parents[2]
 FAKES = Path(__file__).parent / "fakes"
 MODEL_CONFIG = {
@@ -27,13 +35,7 @@ MODEL_CONFIG = {
 }  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def eventually(is_so: Callable[[], bool], what: str, *, within_s: float = 15.0) -> None:
+def eventually(is_so: Callable[[], bool], what: str, *, within_s: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + within_s
     while not is_so():
         assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
@@ -72,8 +74,9 @@ class Home:
 
     def baton(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*arguments), env=self.environment(), capture_output=True, text=True, timeout=60, check=False
-        )
+            self.command(*arguments), env=self.environment(), capture_output=True, text=True, timeout=120,
+            check=False,
+        )  # fmt: skip
 
     def up(self) -> subprocess.Popen[str]:
         """Start in the foreground and return once it says that it answers."""
@@ -86,9 +89,9 @@ class Home:
                 return supervisor
         raise AssertionError("".join(said))
 
-    def begin_up(self) -> subprocess.Popen[str]:
+    def begin_up(self, *options: str) -> subprocess.Popen[str]:
         supervisor = subprocess.Popen(
-            self.command("up", "-f", str(self.file)), env=self.environment(), text=True,
+            self.command("up", "-f", str(self.file), *options), env=self.environment(), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         self.started.append(supervisor)
@@ -133,7 +136,7 @@ def home(tmp_path: Path) -> Iterator[Home]:
     for pid in made.pids():
         os.kill(pid, signal.SIGKILL)
     for supervisor in made.started:
-        supervisor.wait(10)
+        supervisor.wait(PATIENCE_S)
         if supervisor.stdout is not None:
             supervisor.stdout.close()
 
@@ -178,7 +181,7 @@ def test_kill_9_of_the_supervisor_leaves_nothing_but_logs(home: Home) -> None:
     supervisor = home.up()
     assert (home.run / "secret").exists()
     supervisor.kill()
-    supervisor.wait(10)
+    supervisor.wait(PATIENCE_S)
     eventually(lambda: not home.leftovers(), f"nothing left, found {home.leftovers()}")
     assert (home.run / "logs" / "decode-0.log").read_text() == "decode-0 is up\n"
 
@@ -187,7 +190,7 @@ def test_kill_9_of_the_supervisor_ends_even_a_worker_that_will_not(home: Home) -
     home.faults = {"decode-0": "deaf"}
     supervisor = home.up()
     supervisor.kill()
-    supervisor.wait(10)
+    supervisor.wait(PATIENCE_S)
     eventually(lambda: not home.leftovers(), "nothing left")
 
 
@@ -202,7 +205,7 @@ def test_a_new_run_cleans_up_what_a_killed_janitor_left(home: Home) -> None:
     for pid in [pid for pid in home.pids() if "baton.local.janitor" in psutil.Process(pid).cmdline()]:
         os.kill(pid, signal.SIGKILL)
     supervisor.kill()
-    supervisor.wait(10)
+    supervisor.wait(PATIENCE_S)
     stale = home.run / "registry" / "decode-7.json"
     stale.write_text("{}")
     eventually(lambda: not home.pids(), "workers ended by themselves")
@@ -214,7 +217,7 @@ def test_a_new_run_cleans_up_what_a_killed_janitor_left(home: Home) -> None:
 def test_a_signal_to_the_supervisor_stops_everything(home: Home, number: signal.Signals) -> None:
     supervisor = home.up()
     supervisor.send_signal(number)
-    assert supervisor.wait(20) == 0
+    assert supervisor.wait(PATIENCE_S) == 0
     assert home.leftovers() == []
 
 
@@ -223,7 +226,7 @@ def test_down_leaves_nothing_but_logs(home: Home) -> None:
     answer = home.baton("down")
     assert (answer.returncode, answer.stdout) == (0, "chat is down\n")
     assert home.leftovers() == []
-    assert supervisor.wait(10) == 0
+    assert supervisor.wait(PATIENCE_S) == 0
     assert "decode-0 is up" in home.baton("logs", "decode-0").stdout
 
 
@@ -235,7 +238,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_worker_that_will_not_drain(home: Ho
     while "once more to stop at once" not in supervisor.stdout.readline():
         continue
     supervisor.send_signal(signal.SIGINT)
-    assert supervisor.wait(15) == 0
+    assert supervisor.wait(PATIENCE_S) == 0
     assert home.leftovers() == []
 
 
@@ -318,7 +321,29 @@ def test_ctrl_c_during_the_start_leaves_nothing(home: Home) -> None:
     supervisor = home.begin_up()
     eventually(lambda: (home.run / "registry" / "decode-0.json").exists(), "decode-0 has begun")
     supervisor.send_signal(signal.SIGINT)
-    assert supervisor.wait(20) == 0
+    assert supervisor.wait(PATIENCE_S) == 0
+    assert home.leftovers() == []
+
+
+def test_ctrl_c_while_a_detached_start_is_waited_for_leaves_nothing(home: Home) -> None:
+    home.faults = {"decode-0": "stuck"}
+    starting = home.begin_up("--detach")
+    eventually(lambda: (home.run / "registry" / "decode-0.json").exists(), "decode-0 has begun")
+    starting.send_signal(signal.SIGINT)
+    assert starting.wait(PATIENCE_S) == 130
+    assert home.leftovers() == []
+
+
+def test_a_service_that_stops_is_not_scaled(home: Home) -> None:
+    home.faults = {"prefill-0": "deaf"}
+    supervisor = home.up()
+    supervisor.send_signal(signal.SIGTERM)
+    run = RunDir(home.run)
+    eventually(lambda: send_command(run, Command(Verb.PS), timeout_s=10.0).state == "stopping", "it stops")
+    with pytest.raises(ControlError, match="'chat' is stopping"):
+        send_command(run, Command(Verb.SCALE, "decode", 2), timeout_s=10.0)
+    supervisor.send_signal(signal.SIGTERM)  # prefill-0 would keep it for its whole drain
+    assert supervisor.wait(PATIENCE_S) == 0
     assert home.leftovers() == []
 
 

@@ -64,7 +64,7 @@ class Process:
 
     def probe(self, path: str) -> int:
         try:
-            with urllib.request.urlopen(f"http://{self.entry['http']}{path}", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://{self.entry['http']}{path}", timeout=PATIENCE_S) as answer:
                 return answer.status
         except urllib.error.HTTPError as error:
             return error.code
@@ -104,7 +104,7 @@ class Processes:
     def close(self) -> None:
         for popen in self._started:
             popen.kill()
-            popen.wait(10)
+            popen.wait(PATIENCE_S)
 
 
 @pytest.fixture

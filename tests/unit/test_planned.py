@@ -44,6 +44,12 @@ def test_a_plan_shows_revision_objects_and_steps(tmp_path: Path) -> None:
     assert "one prompt through prefill and decode" in steps
 
 
+@pytest.mark.parametrize("spec", ["spec: {}\n", "spec: {pools: {decode: {replicas: 2}}}\n"], ids=["none", "one"])
+def test_a_plan_of_pools_without_stated_replicas_shows_what_seeds_them(tmp_path: Path, spec: str) -> None:
+    said = run("--file", write(tmp_path, "chat.yaml", spec))
+    assert "one prompt through prefill and decode" in said[said.index("Steps") :]
+
+
 def test_a_plan_from_one_service_to_another_shows_the_rollout(tmp_path: Path) -> None:
     said = run("--from", write(tmp_path, "old.yaml", OLD), "--file", write(tmp_path, "new.yaml", NEW))
     steps = said[said.index("Steps from revision ") :].splitlines()
