@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import launch, runs
+from tests.cluster.certificates import make_certificates
 from tests.cluster.errors import ClusterError, StartFailed, Unavailable
 from tests.cluster.forward import REPOSITORY
 from tests.cluster.holder import hold_a_cluster, processes_of, supervisor_of, until_gone
-from tests.cluster.kube import Cluster
+from tests.cluster.kube import Cluster, write_kubeconfig
 
 
 def test_an_applied_object_is_read_back(control_plane: Cluster) -> None:
@@ -90,6 +92,24 @@ def test_an_existing_cluster_is_used_and_never_ended(
         with pytest.raises(Unavailable, match="BATON_LOAD_IMAGE"):
             existing.import_image(tmp_path / "image.tar")
     assert control_plane.kubectl("get", "--raw", "/readyz") == "ok"
+
+
+def test_an_existing_cluster_that_does_not_answer_is_a_reason_to_skip(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket() as nobody:  # bound and not listening: refused at once, and nobody else gets the port
+        nobody.bind(("127.0.0.1", 0))
+        url = f"https://127.0.0.1:{nobody.getsockname()[1]}"
+        make_certificates(tmp_path, ["IP:127.0.0.1"])
+        monkeypatch.setenv("KUBECONFIG", str(write_kubeconfig(tmp_path / "config", url, tmp_path / "ca.crt", "x")))
+        with pytest.raises(Unavailable, match=f"the cluster of {tmp_path}/config does not answer: (.|\\n)*refused"):
+            launch.existing_cluster()
+
+
+def test_without_a_kubeconfig_there_is_no_existing_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    with pytest.raises(Unavailable, match=f"needs a kubeconfig; there is no {tmp_path}/config"):
+        launch.existing_cluster()
 
 
 def test_a_developers_cluster_outlives_up_and_ends_with_down(control_plane: Cluster, tmp_path: Path) -> None:
