@@ -32,6 +32,7 @@ from tests.unit.operator_world import Cluster, Memory
 
 ROUTING = Ref("v1", "ConfigMap", "chat-routing")
 GATEWAY = Ref("apps/v1", "Deployment", "chat-gateway")
+ROUTING = Ref("v1", "ConfigMap", "chat-routing")
 
 
 def pools(prefill: int = 1, decode: int = 1, image: str = "good-0", **more: Any) -> dict[str, Any]:
@@ -505,6 +506,38 @@ def test_gateways_keep_their_image_when_a_revision_is_rolled_back_but_follow_the
     cluster.set_spec(release(3, replicas=2))
     cluster.converge()
     assert (gateway_image(cluster), cluster.objects[GATEWAY]["spec"]["replicas"]) == ("gateway-3", 2)
+
+
+@pytest.mark.parametrize("image", ["good-2", "mute"], ids=["on trial", "rolled back"])
+def test_gateways_that_somebody_deletes_come_back_as_the_serving_revision_had_them(image: str) -> None:
+    """Those of the revision on trial might refuse the workers that serve, and its image may not even exist."""
+    cluster = at_rest(release(1, maxQueueRequests=7))
+    before = cluster.objects[GATEWAY]["spec"]["template"]["spec"]
+    changed = release(2, maxQueueRequests=8) | {"image": {"worker": image, "gateway": "gateway-2"}}
+    cluster.set_spec(changed)
+    cluster.reconcile()
+    if image == "mute":
+        cluster.converge()
+    cluster.delete(GATEWAY)
+    cluster.reconcile(dies_after=0)  # what it had in memory is lost
+    cluster.reconcile()
+    after = cluster.objects[GATEWAY]["spec"]["template"]["spec"]
+    assert after["containers"] == before["containers"]
+    assert after["initContainers"] == before["initContainers"]
+    cluster.converge()
+    assert gateway_image(cluster) == ("gateway-1" if image == "mute" else "gateway-2")
+
+
+def test_deleted_gateways_come_back_as_asked_for_where_nobody_knows_how_they_were() -> None:
+    """The ConfigMap was written by an operator that kept no such memory, or somebody spoilt it."""
+    cluster = at_rest(release(1))
+    cluster.set_spec(release(2))
+    cluster.reconcile()
+    for spoilt in ("", "[]", '{"image": 7}', '{"image": "gateway-1", "args": "--http"}'):
+        cluster.objects[ROUTING]["data"]["gateway.json"] = spoilt
+        cluster.delete(GATEWAY)
+        cluster.reconcile()
+        assert gateway_image(cluster) == "gateway-2"
 
 
 def test_gateways_that_change_without_their_image_do_not_wait_for_a_trial() -> None:
