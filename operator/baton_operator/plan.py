@@ -178,12 +178,12 @@ class _Planner:
         is_readable = self.routing is not None and is_owned(self.routing, desired.uid)
         routing = self.routing if is_readable else None
         self.before = read_rollout(routing, desired, observed, self.facts)
-        self.rollout = advance(self.before, desired, self.facts, now)
+        routed = [report.routed_revision for report in observed.gateways if report.routed_revision is not None]
+        self.rollout = advance(self.before, desired, self.facts, now, routed)
         is_settled = self.rollout.serving == desired.revision
         self.start = start_of(desired.gateway) if is_settled else read_start(routing)
         self.counts = worker_counts(self.rollout, desired, self.facts)
         self.leaving = sorted(leaving_revisions(self.rollout, self.facts))
-        routed = [report.routed_revision for report in observed.gateways if report.routed_revision is not None]
         self.held = held_revision(self.rollout, self.facts, routed)
         self.steps: list[Step] = []
         self.refused = [f"{failure.ref}: {failure.message}" for failure in observed.failures]

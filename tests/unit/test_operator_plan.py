@@ -370,6 +370,72 @@ def test_a_failed_revision_that_gateways_route_to_stays_until_the_serving_one_is
     assert cluster.serving_revision == good
 
 
+@pytest.mark.parametrize("strategy", ["Surge", "Replace"])
+def test_a_third_revision_gets_room_while_gateways_live_on_a_failed_one(strategy: str) -> None:
+    """The one that serves by name has no pair: its room is worth more to the one that is asked for."""
+    spec = {"rollout": {"progressDeadline": "5m", "strategy": strategy}}
+    cluster = at_rest(pools(2, 2, **spec))
+    good = cluster.desired.revision
+    cluster.set_spec(pools(2, 2, "mute", **spec))
+    bad = cluster.desired.revision
+    cluster.reconcile()
+    for _ in range(3):
+        cluster.tick()
+        cluster.reconcile()
+    cluster.now += 400
+    unready(cluster, good)
+    for _ in range(4):
+        cluster.reconcile()
+        unready(cluster, good)
+        cluster.now += 2
+    assert cluster.rollout["failed"] == bad
+    cluster.set_spec(pools(2, 2, "good-2", **spec))
+    third = cluster.desired.revision
+    for _ in range(30):  # less than the deadline
+        cluster.reconcile()
+        cluster.tick()
+        unready(cluster, good)
+        cluster.now += 5
+        assert cluster.serving_revision == third or cluster.has_pair(bad), "requests have somewhere to go all the time"
+        for role in ("prefill", "decode"):
+            assert sum(count for (_, of), count in cluster.counts().items() if of == role) <= room(strategy)
+    assert cluster.serving_revision == third
+    assert {revision for revision, _ in cluster.workers()} == {third}
+    said = [event.message for event in cluster.events if event.reason == "RevisionServes"]
+    assert said == [f"requests go to revision {bad}, {good} drains", f"requests go to revision {third}, {bad} drains"]
+
+
+@pytest.mark.parametrize("answer", ["another", "nothing", "drains"])
+def test_a_revision_that_not_every_gateway_lives_on_takes_nobodys_place(answer: str) -> None:
+    cluster = at_rest(pools(2, 2))
+    good = cluster.desired.revision
+    cluster.set_spec(pools(2, 2, "good-1"))
+    bad = cluster.desired.revision
+    cluster.reconcile()
+    cluster.tick()
+    cluster.set_spec(pools(2, 2, "good-2"))
+    unready(cluster, good)
+    if answer == "drains":
+        cluster.workers()[bad, "decode"]["spec"]["replicas"] = 0
+    others = {"another": (good,), "nothing": (), "drains": (bad,)}[answer]
+    cluster.memory.gateways = tuple(GatewayReport(f"g{i}", good, seen) for i, seen in enumerate((bad, *others)))
+    if answer == "nothing":
+        cluster.memory.gateways = ()
+    cluster.reconcile()
+    assert cluster.serving_revision == good
+
+
+def unready(cluster: Cluster, revision: str) -> None:
+    """Its nodes are gone."""
+    for role in ("prefill", "decode"):
+        if body := cluster.workers().get((revision, role)):
+            body["status"]["readyReplicas"] = 0
+
+
+def room(strategy: str) -> int:
+    return 2 if strategy == "Replace" else 4
+
+
 def test_a_trial_that_is_up_while_no_gateway_is_ready_ends_at_the_deadline_and_says_what_to_do() -> None:
     spec = {"rollout": {"progressDeadline": "5m"}}
     cluster = at_rest(pools(**spec))
