@@ -85,16 +85,16 @@ async def running(
     async with AsyncExitStack() as stack:
         for worker in workers:
             await stack.enter_async_context(worker)
-        defaults: dict[str, Any] = {"model_id": MODEL_ID, "http": ("127.0.0.1", 0), "request_timeout": 20.0}
+        defaults: dict[str, Any] = {"model_id": MODEL_ID, "http": ("127.0.0.1", 0), "request_timeout": 60.0}
         seeds = tuple(worker.address for worker in workers)
         config = GatewayConfig(model=model, **({"workers_seed": seeds} | defaults | settings))
         gateway, server, stop = await process.start(config)
         stack.push_async_callback(stop)
         pool = gateway.services.pool
         wanted = len(workers) if wait_for is None else wait_for
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(pool.connections) < wanted:
                 await pool.wait_for_change(1.0)
         url = f"http://127.0.0.1:{server.port}"
-        client = await stack.enter_async_context(httpx2.AsyncClient(base_url=url, timeout=20))
+        client = await stack.enter_async_context(httpx2.AsyncClient(base_url=url, timeout=60))
         yield Harness(gateway, server, client, list(workers))

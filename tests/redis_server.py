@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.ports import free_ports
 
 PASSWORD = "correct-horse-battery"
 ADMIN = "admin-of-the-test"
@@ -66,9 +67,7 @@ class RedisServer:
         self.password = PASSWORD
         self.prefix = prefix
         self._process: subprocess.Popen[bytes] | None = None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        (self.port,) = free_ports(1)  # it comes back to the same one after a kill
         self.password_file = folder / "redis-password"
         self.password_file.write_text(PASSWORD + "\n")
 
@@ -102,7 +101,7 @@ class RedisServer:
         config = self.folder / "redis.conf"
         config.write_text("\n".join(lines) + "\n")
         self._process = subprocess.Popen(["redis-server", str(config)])
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while self.cli("PING") != "PONG":
             assert time.monotonic() < deadline, (self.folder / "redis.log").read_text()
             time.sleep(0.02)
@@ -112,7 +111,7 @@ class RedisServer:
         tls = ["--tls", "--cacert", str(self.tls.ca_file)] if self.tls else []
         said = subprocess.run(
             ["redis-cli", "-h", "127.0.0.1", "-p", str(self.port), "--no-auth-warning", *tls, *command],
-            env=os.environ | {"REDISCLI_AUTH": ADMIN}, capture_output=True, text=True, timeout=20, check=False,
+            env=os.environ | {"REDISCLI_AUTH": ADMIN}, capture_output=True, text=True, timeout=100, check=False,
         )  # fmt: skip
         return said.stdout.strip()
 
@@ -120,7 +119,7 @@ class RedisServer:
         """kill -9. What it held is gone: nothing is written to disk."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(60)
             self._process = None
 
     def freeze(self) -> None:

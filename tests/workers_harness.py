@@ -43,7 +43,7 @@ TRANSPORTS = (
     "shm",
     pytest.param("nixl", marks=pytest.mark.skipif(not nixl_agent.is_available(), reason="needs the extra nixl")),
 )
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 SECRET = "correct horse"
 
 

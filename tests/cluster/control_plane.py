@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import ssl
 import urllib.error
 import urllib.request
@@ -20,6 +19,7 @@ from pathlib import Path
 from tests.cluster.certificates import Certificates, make_certificates
 from tests.cluster.kube import write_kubeconfig
 from tests.cluster.processes import Processes
+from tests.ports import free_ports
 
 SERVICE_RANGE = "198.18.128.0/17"
 API_SERVICE_IP = "198.18.128.1"
@@ -65,7 +65,7 @@ class Endpoint:
 
 
 def loopback_place() -> Place:
-    etcd, peer, api = _free_ports(3)
+    etcd, peer, api = free_ports(3)
     return Place((), "127.0.0.1", etcd, peer, api, with_endpoint=False)
 
 
@@ -152,15 +152,3 @@ def answers(url: str, endpoint: Endpoint, path: str) -> bool:
             return True
     except (urllib.error.URLError, OSError):
         return False
-
-
-def _free_ports(count: int) -> list[int]:
-    """All held at once, so that they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

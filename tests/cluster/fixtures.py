@@ -14,7 +14,7 @@ from tests.cluster.errors import Unavailable
 from tests.cluster.kube import Cluster, NodeCluster
 from tests.cluster.launch import running
 
-_FIRST_USE_TIMEOUT_S = 300.0
+_FIRST_USE_TIMEOUT_S = 900.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

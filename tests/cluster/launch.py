@@ -22,8 +22,8 @@ from tests.cluster.supervisor import CONNECTION_FILE, Connection
 
 DETACHED_FILE = "detached"
 """Marks a cluster that outlives whoever started it."""
-_END_TIMEOUT_S = 60.0
-_ANSWER_TIMEOUT_S = 15.0
+_END_TIMEOUT_S = 180.0
+_ANSWER_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)

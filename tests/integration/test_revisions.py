@@ -18,7 +18,7 @@ import pytest
 from gateway.app import build_app
 from servicekit.health import start_http
 from tests.gateway_harness import Harness, events, running, streamed_text
-from tests.workers_harness import SECRET, FakeModel, RunningWorker, Workers
+from tests.workers_harness import PATIENCE_S, SECRET, FakeModel, RunningWorker, Workers
 
 MODEL_ID = "fake-model"
 PROMPT = "what the prefill worker reads, and the decode worker does not"
@@ -56,7 +56,7 @@ class Service:
 
     async def until_ready(self, **wanted: tuple[int, int]) -> None:
         """Wait for revision=(prefill, decode) workers that are ready."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 found = (await self.status())["revisions"]
                 ready = {name: (c["prefill"]["ready"], c["decode"]["ready"]) for name, c in found.items()}
@@ -65,7 +65,7 @@ class Service:
                 await asyncio.sleep(0.05)
 
     async def until_serving(self, revision: str) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while (await self.status())["servingRevision"] != revision:
                 await asyncio.sleep(0.05)
 
@@ -87,7 +87,7 @@ async def service(tmp_path: Path) -> AsyncGenerator[Service]:
     async with running(tmp_path, **settings) as harness:
         server = await start_http(build_app(harness.gateway, is_internal=True), "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.port}"
-        async with httpx2.AsyncClient(base_url=url, timeout=30, headers={"baton-secret": SECRET}) as internal:
+        async with httpx2.AsyncClient(base_url=url, timeout=PATIENCE_S, headers={"baton-secret": SECRET}) as internal:
             yield Service(harness, internal, workers, routing_file, registry)
         await server.stop()
         await workers.aclose()
@@ -122,7 +122,7 @@ async def test_a_probe_says_why_the_gateway_refuses_the_workers_of_a_revision(
     service.serve("old")
     monkeypatch.setattr("decode_service.app.PROTOCOL_VERSION", 99)
     await service.decode("new")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while "speaks protocol 99" not in (answer := await service.probe("new"))["error"]:
             await asyncio.sleep(0.05)
     assert not answer["ok"]
@@ -198,7 +198,7 @@ async def test_a_rollout_under_traffic_loses_nothing_and_mixes_nothing(service: 
     await asyncio.gather(*clients)
     assert num_after_drain > num_before
     assert set(texts) == {whole}
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while list((status := await service.status())["revisions"]) != ["new"]:
             await asyncio.sleep(0.05)
     assert (status["servingRevision"], status["routedRevision"]) == ("new", "new")
