@@ -25,6 +25,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(_FIRST_USE_TIMEOUT_S))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Whichever test happens to be the last pays for the end of the clusters, which has a limit of its own."""
+    if nextitem is None:
+        item.config.hook.pytest_timeout_cancel_timer(item=item)
+
+
 @pytest.fixture(scope="session")
 def control_plane() -> Iterator[Cluster]:
     """A real API server with real controllers, shared by the test run: use namespaces and names of your own."""

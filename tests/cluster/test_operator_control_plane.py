@@ -22,6 +22,7 @@ from tests.cluster.operator_world import (
     running_operator,
     until,
 )
+from tests.metrics_text import Metrics, documented, types_of
 
 pytestmark = pytest.mark.timeout(900)
 SPEC: dict[str, Any] = {"pools": {"prefill": {"replicas": 1}, "decode": {"replicas": 2}}}
@@ -253,9 +254,14 @@ def test_health_and_metrics_say_how_old_the_last_look_is(world: World) -> None:
     world.until_ready()
     ages = json.loads(world.operator.http("/livez"))
     assert all(0 <= age < 60 for age in ages.values())
-    metrics = world.operator.http("/metrics")
-    assert 'baton_operator_reconciles_total{outcome="changed"}' in metrics
-    assert "baton_operator_reconcile_duration_seconds_count" in metrics
+    text = world.operator.http("/metrics")
+    pages = {name: kind for (process, name), (kind, _) in documented().items() if process == "operator"}
+    assert types_of("operator", text) == pages, "what dashboards and alerts are held to"
+    metrics = Metrics.parse(text)
+    assert metrics.value("baton_operator_reconciles_total", outcome="changed") > 0
+    assert metrics.value("baton_operator_reconcile_duration_seconds_count") > 0
+    counted = 'baton_operator_managed_objects{kind="LLMService"} 1.0'
+    until("counted at the next tick", lambda: counted in world.operator.http("/metrics"))
     assert world.operator.stop() == 0
 
 
