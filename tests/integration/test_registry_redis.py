@@ -346,10 +346,9 @@ async def test_what_a_stale_replica_says_fails_no_request(redis: RedisServer, tm
         service.begin()
         gone = replace(OTHER, worker_id="gone", address="127.0.0.1:1")
         await aside(redis.cli, "FLUSHALL")
+        signed = encode(gone, Secret(SECRET).signing_key(SIGNING_PURPOSE)).decode()
+        await aside(redis.cli, "SET", "baton:worker:gone", signed)  # first: a name without an entry may be pruned
         await aside(redis.cli, "SADD", "baton:workers", "gone")
-        await aside(
-            redis.cli, "SET", "baton:worker:gone", encode(gone, Secret(SECRET).signing_key(SIGNING_PURPOSE)).decode()
-        )
         await aside(redis.cli, "REPLICAOF", "127.0.0.1", "1")  # READONLY to every announcement
         await service.until_connected(True, 1)
         await asyncio.sleep(LEASE_S)
