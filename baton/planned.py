@@ -12,7 +12,7 @@ import yaml
 from baton.local.errors import LocalError
 from baton.local.service_file import Overrides, load_service
 from baton_operator.desired import ALL_APIS, Platform, desire
-from baton_operator.objects import REVISION_LABEL, Desired, Manifest
+from baton_operator.objects import REVISION_LABEL, SEED_MANAGER, Desired, Manifest
 from baton_operator.plan import Apply, Step
 from baton_operator.rehearsal import describe, rehearse
 
@@ -108,7 +108,7 @@ def _step_lines(before: Desired | None, after: Desired) -> Iterator[str]:
 
 def _pass_lines(steps: tuple[Step, ...]) -> Iterator[str]:
     """What is made all at once is counted, not listed again."""
-    made = [step for step in steps if isinstance(step, Apply) and step.is_new and not _is_of_workers(step)]
+    made = [step for step in steps if isinstance(step, Apply) and step.is_new and not _says_how_many(step)]
     if len(made) > 3:
         yield f"make {len(made)} objects"
     for step in steps:
@@ -116,5 +116,6 @@ def _pass_lines(steps: tuple[Step, ...]) -> Iterator[str]:
             yield describe(step)
 
 
-def _is_of_workers(step: Apply) -> bool:
-    return REVISION_LABEL in step.manifest["metadata"].get("labels", {})
+def _says_how_many(step: Apply) -> bool:
+    """Of workers, or what a pool begins with."""
+    return step.manager == SEED_MANAGER or REVISION_LABEL in step.manifest["metadata"]["labels"]

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.service import free_port
+from bench.ports import free_port
 from gateway.fake_decode_worker import FakeDecodeWorker, Script
 from gateway.fake_model import write_fake_model
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +20,7 @@ import yaml
 from baton.local.control import Command, ProcessView, Reply, Verb, send_command
 from baton.local.errors import LocalError
 from baton.local.rundir import RunDir
+from bench.ports import free_port
 
 START_TIMEOUT_S = 480.0
 
@@ -205,15 +203,3 @@ def _wait_until_up(up: subprocess.Popen[bytes], service: Service, log: Path) -> 
         except RuntimeError:
             pass  # no supervisor yet
         time.sleep(0.2)
-
-
-def free_port() -> int:
-    """A port that nobody has, below those that the kernel hands out: a connection of anybody's could take one of those
-    before the service listens, or while it is down. Raises: RuntimeError.
-    """
-    for _ in range(1000):
-        port = 20_000 + secrets.randbelow(12_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError("no free port was found between 20000 and 32000")

@@ -12,15 +12,19 @@ The archive holds all images, common layers once. `make images ARGS="..."` passe
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,14 @@ BASE_NAME = "localhost/baton-base:local"
 def main() -> int:
     options = parse_options()
     builder = Builder(options.builder or find_builder(), options.storage, options.ca_file)
+    with builder.at_work() as is_alone:
+        build_and_load(builder, options)
+        if is_alone():
+            builder.remove_unused(round(options.storage_limit * 1e9))
+    return 0
+
+
+def build_and_load(builder: Builder, options: argparse.Namespace) -> None:
     base = builder.make_base(options.base_tar) if options.base_tar else options.base
     names = {target: f"{options.prefix}{target}:{options.tag}" for target in options.targets}
     for target, name in names.items():
@@ -43,7 +55,6 @@ def main() -> int:
         began = time.monotonic()
         load(builder, list(names.values()), options)
         print(f"loaded into {options.into} in {time.monotonic() - began:.0f} s", flush=True)
-    return 0
 
 
 def parse_options() -> argparse.Namespace:
@@ -59,6 +70,8 @@ def parse_options() -> argparse.Namespace:
     add("--ca-file", type=Path, default=Path(ca_file) if ca_file else None, help=help_ca)
     add("--builder", choices=("docker", "podman", "buildah"), help="default: the first that works")
     add("--storage", type=Path, help="folder of buildah's own layers, instead of the system's")
+    help_limit = "of --storage: beyond it, layers that this build did not use are removed; default: %(default)s"
+    add("--storage-limit", type=float, default=20.0, metavar="GB", help=help_limit)
     add("--into", help="containerd, kind, or a file for an OCI archive")
     add("--containerd-address", help="its socket, if not the system's")
     add("--kind-cluster", default="kind")
@@ -83,8 +96,29 @@ class Builder:
         self.tool = tool
         self._ca_file = ca_file
         self._command = [tool]
-        if tool == "buildah" and storage:
-            self._command += ["--root", str(storage / "root"), "--runroot", str(storage / "run")]
+        self._storage = storage if tool == "buildah" else None
+        self._used: set[str] = set()  # beginnings of the ids of layers, each an image without a name
+        if self._storage:
+            self._command += ["--root", str(self._storage / "root"), "--runroot", str(self._storage / "run")]
+
+    @contextmanager
+    def at_work(self) -> Iterator[Callable[[], bool]]:
+        """For as long as layers of the storage are read and made; yields whether nobody else is at it (nor begins)."""
+        if self._storage is None:
+            yield lambda: False
+            return
+        self._storage.mkdir(parents=True, exist_ok=True)
+        with (self._storage / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+
+            def is_alone() -> bool:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return False
+                return True
+
+            yield is_alone
 
     def build(self, target: str, name: str, base: str | None) -> None:
         arguments = ["--target", target, "--tag", name, "--file", str(ROOT / "images" / "Dockerfile")]
@@ -96,7 +130,7 @@ class Builder:
         ignore = ["--ignorefile", str(ROOT / "images" / "Dockerfile.dockerignore")]
         offline = ["--pull-never"] if base == BASE_NAME and self.tool == "buildah" else []
         chroot = ["--isolation", "chroot"] if self.tool == "buildah" else []
-        self._run("build", "--layers", *chroot, *offline, *ignore, *arguments, str(ROOT))
+        self._run("build", "--layers", *chroot, *offline, *ignore, *arguments, str(ROOT), notes_layers=True)
 
     def make_base(self, root_file_system: Path) -> str:
         """A base image out of a tar, such as debootstrap's folder packed. Made again when the tar is newer."""
@@ -105,8 +139,35 @@ class Builder:
         with tempfile.TemporaryDirectory() as folder:
             os.link(root_file_system, Path(folder, "base.tar"))
             Path(folder, "Dockerfile").write_text('FROM scratch\nADD base.tar /\nCMD ["bash"]\n')
-            self._run("build", "--layers", "--isolation", "chroot", "--tag", BASE_NAME, folder)
+            self._run("build", "--layers", "--isolation", "chroot", "--tag", BASE_NAME, folder, notes_layers=True)
         return BASE_NAME
+
+    def remove_unused(self, max_bytes: int) -> None:
+        """Where the storage holds more, remove layers of former builds; buildah keeps what others are made of."""
+        before = self._num_bytes()
+        if before <= max_bytes:
+            return
+        while leaves := unused_layers(self._images(), self._used):
+            num_before = len(self._images())
+            self._run("rmi", *leaves, may_fail=True)
+            if len(self._images()) == num_before:
+                break
+        left = self._num_bytes()
+        words = (
+            "" if left <= max_bytes else f"; the rest belongs to this build or to images with names: {self._names()}"
+        )
+        print(f"removed {(before - left) / 1e9:.1f} of {before / 1e9:.1f} GB of layers{words}", flush=True)
+
+    def _num_bytes(self) -> int:
+        said = subprocess.run(["du", "-s", "-B1", str(self._storage)], capture_output=True, text=True, check=False)
+        return int(said.stdout.split()[0])
+
+    def _images(self) -> list[dict[str, Any]]:
+        command = [*self._command, "images", "--all", "--json"]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    def _names(self) -> str:
+        return ", ".join(sorted(name for image in self._images() for name in image["names"] or ()))
 
     def archive(self, names: list[str], file: Path) -> None:
         """All images into one file; with buildah layers that they share are there once."""
@@ -121,11 +182,38 @@ class Builder:
                     layout.add(name, Path(pushed))
             layout.write(file)
 
-    def _run(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    def _run(
+        self,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        notes_layers: bool = False,
+        may_fail: bool = False,
+    ) -> None:
+        """What it says goes to stderr; with `notes_layers` it is read for the layers that it used or made."""
         command = [*self._command, *arguments]
-        done = subprocess.run(command, env={**os.environ, **(environment or {})}, check=False, stdout=sys.stderr)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} failed with {done.returncode}")
+        with subprocess.Popen(
+            command, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE if notes_layers else sys.stderr,
+            text=True,
+        ) as process:  # fmt: skip
+            for line in process.stdout or ():
+                sys.stderr.write(line)
+                self._used |= layers_in(line)
+        if process.returncode and not may_fail:
+            raise SystemExit(f"{' '.join(command)} failed with {process.returncode}")
+
+
+def layers_in(line: str) -> set[str]:
+    """`--> Using cache 0123...` or `--> 0123...`, as buildah says it of each step."""
+    return set(re.findall(r"^--> (?:Using cache )?([0-9a-f]{11,64})$", line.strip()))
+
+
+def unused_layers(images: list[dict[str, Any]], used: set[str]) -> list[str]:
+    """Those without a name of which this build said nothing. buildah shows the beginning of an id, ever another one."""
+    return [
+        image["id"]
+        for image in images
+        if not image["names"] and not any(image["id"].startswith(each) or each.startswith(image["id"]) for each in used)
+    ]
 
 
 class OciLayout:

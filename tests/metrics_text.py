@@ -4,9 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 from prometheus_client.parser import text_string_to_metric_families
+
+PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
+
+
+def documented() -> dict[tuple[str, str], tuple[str, frozenset[str]]]:
+    """docs/metrics.md: (process, name) to (type, labels)."""
+    rows: dict[tuple[str, str], tuple[str, frozenset[str]]] = {}
+    for line in PAGE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 5 and cells[0].startswith("`"):
+            labels = frozenset(label.strip(" `") for label in cells[2].split(",") if label.strip())
+            for process in cells[3].split(", "):
+                rows[process, cells[0].strip("`")] = (cells[1], labels)
+    return rows
+
+
+def types_of(process: str, text: str) -> dict[str, str]:
+    """Name to type of all that a process says, each sample held to the documented labels."""
+    pages, found = documented(), dict[str, str]()
+    for family in text_string_to_metric_families(text):
+        name = family.name + ("_total" if family.type == "counter" else "")
+        found[name] = family.type
+        for sample in family.samples:
+            assert frozenset(sample.labels) - {"le"} == pages[process, name][1], (process, sample)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bench.service import free_port
+from bench.ports import free_port
 
 PASSWORD = "correct-horse-battery"
 ADMIN = "admin-of-the-test"
@@ -67,7 +67,7 @@ class RedisServer:
         self.password = PASSWORD
         self.prefix = prefix
         self._process: subprocess.Popen[bytes] | None = None
-        self.port = free_port()
+        self.port = free_port()  # it comes back to the same one after a kill
         self.password_file = folder / "redis-password"
         self.password_file.write_text(PASSWORD + "\n")
 
@@ -101,7 +101,7 @@ class RedisServer:
         config = self.folder / "redis.conf"
         config.write_text("\n".join(lines) + "\n")
         self._process = subprocess.Popen(["redis-server", str(config)])
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while self.cli("PING") != "PONG":
             assert time.monotonic() < deadline, (self.folder / "redis.log").read_text()
             time.sleep(0.02)
@@ -111,7 +111,7 @@ class RedisServer:
         tls = ["--tls", "--cacert", str(self.tls.ca_file)] if self.tls else []
         said = subprocess.run(
             ["redis-cli", "-h", "127.0.0.1", "-p", str(self.port), "--no-auth-warning", *tls, *command],
-            env=os.environ | {"REDISCLI_AUTH": ADMIN}, capture_output=True, text=True, timeout=20, check=False,
+            env=os.environ | {"REDISCLI_AUTH": ADMIN}, capture_output=True, text=True, timeout=100, check=False,
         )  # fmt: skip
         return said.stdout.strip()
 
@@ -119,7 +119,7 @@ class RedisServer:
         """kill -9. What it held is gone: nothing is written to disk."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(60)
             self._process = None
 
     def freeze(self) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 
 class Metrics:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        disable_created_metrics()  # as in the services: a second series beside each counter, which nobody asks for
         self.registry = registry = registry or CollectorRegistry()
         self.reconciles = Counter(
             "baton_operator_reconciles", "Passes over an LLMService by outcome", ["outcome"], registry=registry

@@ -6,7 +6,8 @@ any prefix of its steps, or the same steps twice, and planning again ends in the
 
 A rollout keeps its memory in one object, the ConfigMap `<name>-routing`: `routing.json` says which revision serves
 (the gateways read it), `rollout.json` whether that revision ever answered a probe, which candidate is on trial since
-when, and which one failed. It is written with the resourceVersion that was read, so a stale view cannot move it.
+when, and which one failed, `gateway.json` how the gateways of the serving revision are started. It is written with the
+resourceVersion that was read, so a stale view cannot move it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from baton_operator.drift import differs, stamped
+from baton_operator.gateway_start import GATEWAY_FILE, read_start, start_of
 from baton_operator.objects import (
     API_VERSION,
     FIELD_MANAGER,
@@ -174,11 +176,14 @@ class _Planner:
         self.facts = gather_facts(desired, observed)
         self.routing = observed.objects.get(ref_of(desired.routing))
         is_readable = self.routing is not None and is_owned(self.routing, desired.uid)
-        self.before = read_rollout(self.routing if is_readable else None, desired, observed, self.facts)
-        self.rollout = advance(self.before, desired, self.facts, now)
+        routing = self.routing if is_readable else None
+        self.before = read_rollout(routing, desired, observed, self.facts)
+        routed = [report.routed_revision for report in observed.gateways if report.routed_revision is not None]
+        self.rollout = advance(self.before, desired, self.facts, now, routed)
+        is_settled = self.rollout.serving == desired.revision
+        self.start = start_of(desired.gateway) if is_settled else read_start(routing)
         self.counts = worker_counts(self.rollout, desired, self.facts)
         self.leaving = sorted(leaving_revisions(self.rollout, self.facts))
-        routed = [report.routed_revision for report in observed.gateways if report.routed_revision is not None]
         self.held = held_revision(self.rollout, self.facts, routed)
         self.steps: list[Step] = []
         self.refused = [f"{failure.ref}: {failure.message}" for failure in observed.failures]
@@ -261,7 +266,8 @@ class _Planner:
 
     def _keep_routing(self) -> None:
         version = self.routing["metadata"]["resourceVersion"] if self.routing is not None else None
-        if self._apply({**self.desired.routing, "data": self.rollout.data()}, resource_version=version):
+        data = self.rollout.data() | ({GATEWAY_FILE: self.start.text()} if self.start else {})
+        if self._apply({**self.desired.routing, "data": data}, resource_version=version):
             self.steps.extend(_rollout_events(self.before, self.rollout))
 
     def _keep_gateways(self) -> None:
@@ -272,7 +278,13 @@ class _Planner:
         """
         wanted = self.desired.gateway
         live = self.observed.objects.get(ref_of(wanted))
-        if live is None or self.rollout.serving == self.desired.revision or _image(live) == _image(wanted):
+        if self.rollout.serving == self.desired.revision:
+            self._apply(wanted)
+            return
+        if live is None:  # somebody deleted them
+            self._apply(self.start.put_into(wanted) if self.start else wanted)
+            return
+        if start_of(live).image == start_of(wanted).image:
             self._apply(wanted)
             return
         replicas = wanted["spec"]["replicas"]
@@ -422,11 +434,6 @@ class _Planner:
 
 def _scale(workers: Workers, replicas: int, reason: str) -> Scale:
     return Scale(workers.ref, replicas, workers.uid, workers.resource_version, reason)
-
-
-def _image(gateways: Manifest) -> str | None:
-    containers = gateways["spec"]["template"]["spec"]["containers"]
-    return next((found["image"] for found in containers if found["name"] == "gateway"), None)
 
 
 def _owns_replicas(live: Manifest) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from baton_operator.objects import (
     REVISION_LABEL,
+    SEED_MANAGER,
     SERVICE_KIND,
     Desired,
     GatewayReport,
@@ -126,7 +127,9 @@ class _Stage:
 def describe(step: Step) -> str:
     """A step in words, for people."""
     match step:
-        case Apply(manifest=manifest) if REVISION_LABEL in manifest["metadata"].get("labels", {}):
+        case Apply(manifest=manifest, manager=manager) if manager == SEED_MANAGER:
+            return _workers(str(ref_of(manifest)), manifest["spec"]["replicas"])
+        case Apply(manifest=manifest) if REVISION_LABEL in manifest["metadata"]["labels"]:
             return _workers(manifest["metadata"]["name"], manifest["spec"]["replicas"])
         case Apply(manifest=manifest):
             return f"{'make' if step.is_new else 'change'} {ref_of(manifest)}"

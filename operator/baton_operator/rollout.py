@@ -3,6 +3,7 @@
     serving A, asked for B:   B on trial beside A -> B answers a probe -> B serves, A drains -> A is gone
                                                  `-> no answer by the deadline -> B failed: 0 workers, A goes on
     serving A, A has no pair: nothing to protect: B serves at once (the very first rollout is of this kind)
+    serving A, B failed but gateways live on it since A has no pair, asked for C: B serves, C on trial beside it
 
 A failed revision is tried again only after another one was asked for. At most one revision is on trial, and it gets
 workers only as older ones go: never more than twice a pool (Surge) or the pool itself (Replace) at any time.
@@ -150,8 +151,8 @@ def read_rollout(config_map: Manifest | None, desired: Desired, observed: Observ
     )
 
 
-def advance(rollout: Rollout | None, desired: Desired, facts: Facts, now: float) -> Rollout:
-    """The next state. Every transition of a rollout is here."""
+def advance(rollout: Rollout | None, desired: Desired, facts: Facts, now: float, routed: Sequence[str] = ()) -> Rollout:
+    """The next state. Every transition of a rollout is here. `routed`: where each gateway would send a request now."""
     target = desired.revision
     if rollout is None:
         return Rollout(target, since=now)
@@ -164,9 +165,21 @@ def advance(rollout: Rollout | None, desired: Desired, facts: Facts, now: float)
         return Rollout(target, since=now)  # nothing to protect
     if rollout.failed == target:
         return replace(rollout, candidate=None)
+    other = _stand_in(rollout, facts, routed)
+    if other is not None and other != target:
+        return Rollout(other, candidate=target, since=now)  # else target has no room until the serving one is back
     if rollout.candidate != target:
         return replace(rollout, candidate=target, since=now, failed=None, failure="")
     return _judge(rollout, desired, facts, now)
+
+
+def _stand_in(rollout: Rollout, facts: Facts, routed: Sequence[str]) -> str | None:
+    """The revision that serves in truth: every gateway lives on it, and the one that should serve has no pair."""
+    (only, *others) = set(routed) or {None}
+    if only is None or others or only not in leaving_revisions(rollout, facts):
+        return None
+    is_wanted = all(workers.wanted > 0 for role in ROLES if (workers := facts.of(only, role)) and facts.sizes[role])
+    return only if is_wanted and facts.has_pair(only) and not facts.has_pair(rollout.serving) else None
 
 
 def _judge(rollout: Rollout, desired: Desired, facts: Facts, now: float) -> Rollout:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import socket
 import ssl
 import urllib.error
 import urllib.request
@@ -17,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.ports import free_ports
 from tests.cluster.certificates import Certificates, make_certificates
 from tests.cluster.kube import write_kubeconfig
 from tests.cluster.processes import Processes
@@ -65,7 +65,7 @@ class Endpoint:
 
 
 def loopback_place() -> Place:
-    etcd, peer, api = _free_ports(3)
+    etcd, peer, api = free_ports(3)
     return Place((), "127.0.0.1", etcd, peer, api, with_endpoint=False)
 
 
@@ -152,15 +152,3 @@ def answers(url: str, endpoint: Endpoint, path: str) -> bool:
             return True
     except (urllib.error.URLError, OSError):
         return False
-
-
-def _free_ports(count: int) -> list[int]:
-    """All held at once, so that they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()

@@ -14,7 +14,7 @@ from tests.cluster.errors import Unavailable
 from tests.cluster.kube import Cluster, NodeCluster
 from tests.cluster.launch import running
 
-_FIRST_USE_TIMEOUT_S = 300.0
+_FIRST_USE_TIMEOUT_S = 900.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,6 +23,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         wanted = {"control_plane", "node_cluster"} & set(getattr(item, "fixturenames", ()))
         if wanted and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(_FIRST_USE_TIMEOUT_S))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Whichever test happens to be the last pays for the end of the clusters, which has a limit of its own."""
+    if nextitem is None:
+        item.config.hook.pytest_timeout_cancel_timer(item=item)
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def processes_of(run: str) -> list[psutil.Process]:
 
 
 def until_gone(run: str) -> None:
-    deadline = time.monotonic() + 30.0
+    deadline = time.monotonic() + 120.0
     while left := [*processes_of(run), *Path("/sys/fs/cgroup").glob(f"*/{run}"), *runs.root().glob(run)]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)

@@ -17,6 +17,9 @@ from tests.cluster.errors import ClusterError, Unavailable
 from tests.cluster.forward import forwarded
 from tests.cluster.processes import end_with_parent
 
+PATIENCE_S = 240.0
+"""Of waits that end as soon as they can. A busy machine of 2 cores takes twenty times as long as an idle one."""
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -31,18 +34,21 @@ class Cluster:
     audit_log: Path | None
     """One JSON line per request (audit.k8s.io/v1 Event, metadata only); None where the cluster is not ours."""
 
-    def kubectl(self, *arguments: str, stdin: str | None = None, timeout_s: float = 60.0) -> str:
-        """Run kubectl and return what it printed.
+    def kubectl(self, *arguments: str, stdin: str | None = None, timeout_s: float = PATIENCE_S) -> str:
+        """Run kubectl and return what it printed; again, where it timed out before it had asked for anything.
 
         Raises: ClusterError with kubectl's own words if it fails.
         """
-        said = subprocess.run(
-            [self.kubectl_program, *arguments], input=stdin, env=self.environment(),
-            capture_output=True, text=True, check=False, timeout=timeout_s,
-        )  # fmt: skip
-        if said.returncode != 0:
-            raise ClusterError(f"kubectl {' '.join(arguments)}: {said.stderr.strip()}")
-        return said.stdout
+        deadline = time.monotonic() + timeout_s
+        while True:
+            said = subprocess.run(
+                [self.kubectl_program, *arguments], input=stdin, env=self.environment(),
+                capture_output=True, text=True, check=False, timeout=timeout_s,
+            )  # fmt: skip
+            if said.returncode == 0:
+                return said.stdout
+            if not _was_still_learning(said.stderr) or time.monotonic() > deadline:
+                raise ClusterError(f"kubectl {' '.join(arguments)}: {said.stderr.strip()}")
 
     def get(self, *arguments: str) -> Any:
         """`kubectl get … -o json`, parsed."""
@@ -57,7 +63,7 @@ class Cluster:
         """For child processes that find the cluster by KUBECONFIG (helm, the operator)."""
         return os.environ | {"KUBECONFIG": str(self.kubeconfig)}
 
-    def wait_until(self, what: str, is_true: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    def wait_until(self, what: str, is_true: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
         """Poll until it is true. Raises: ClusterError after the timeout, with what was waited for."""
         deadline = time.monotonic() + timeout_s
         while not is_true():
@@ -119,6 +125,14 @@ class NodeCluster(Cluster):
                 yield process.stdout.readline().split()[2]  # "Forwarding from 127.0.0.1:40123 -> 8000"
             finally:
                 process.kill()
+
+
+def _was_still_learning(stderr: str) -> bool:
+    """Whether kubectl gave up on the API server's schemas, for which it waits 32 s whatever it is told.
+
+    After each change of a CRD the API server makes them anew, which a busy machine does not do in that time.
+    """
+    return "Client.Timeout exceeded" in stderr and ("validating data: Get" in stderr or "API group list" in stderr)
 
 
 def write_kubeconfig(path: Path, url: str, ca_file: Path, token: str) -> Path:

@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster import build, runs
-from tests.cluster.errors import StartFailed, Unavailable
+from tests.cluster.errors import ClusterError, StartFailed, Unavailable
 from tests.cluster.forward import REPOSITORY
 from tests.cluster.kube import NodeCluster
 from tests.cluster.supervisor import CONNECTION_FILE, Connection
 
 DETACHED_FILE = "detached"
 """Marks a cluster that outlives whoever started it."""
-_END_TIMEOUT_S = 60.0
+_END_TIMEOUT_S = 600.0
+"""A node leaves 4 GB of unpacked images to remove: 2 s, and more than a minute at a load average of 35 on 2 cores."""
+_ANSWER_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,20 @@ def end(folder: Path) -> None:
 
 
 def existing_cluster() -> NodeCluster:
-    """The one that kubectl talks to by default; nothing of it is started, ended or cleaned up by us."""
+    """The one that kubectl talks to by default; nothing of it is started, ended or cleaned up by us.
+
+    Raises: Unavailable where there is no kubeconfig or kubectl, or where nobody answers.
+    """
     kubeconfig = Path(os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config")
-    kubectl = shutil.which("kubectl")
-    if kubectl is None or not kubeconfig.is_file():
-        raise Unavailable(f"USE_EXISTING_CLUSTER needs kubectl and a kubeconfig; looked at {kubeconfig}")
-    return NodeCluster(kubeconfig, Path(kubectl), url="", token="", ca_file=None, audit_log=None)
+    if not kubeconfig.is_file():
+        raise Unavailable(f"USE_EXISTING_CLUSTER needs a kubeconfig; there is no {kubeconfig}")
+    kubectl = shutil.which("kubectl") or build.find("kubectl")["kubectl"]
+    cluster = NodeCluster(kubeconfig, Path(kubectl), url="", token="", ca_file=None, audit_log=None)
+    try:
+        cluster.kubectl("get", "--raw", "/readyz", f"--request-timeout={_ANSWER_TIMEOUT_S:.0f}s")
+    except (ClusterError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"USE_EXISTING_CLUSTER: the cluster of {kubeconfig} does not answer: {error}") from error
+    return cluster
 
 
 def _wants_existing() -> bool:

@@ -27,9 +27,11 @@ from typing import Any
 
 from baton_operator import crd, kinds
 from baton_operator.objects import COMPONENT_LABEL, REVISION_LABEL, SERVICE_LABEL
+from bench.ports import free_port
 from tests.cluster.api_proxy import ApiProxy
-from tests.cluster.kube import Cluster, write_kubeconfig
+from tests.cluster.kube import PATIENCE_S, Cluster, write_kubeconfig
 from tests.cluster.processes import end_with_parent
+from tests.metrics_text import Metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _ACCOUNT = "baton-operator"
@@ -84,7 +86,7 @@ class Admin:
 
     def _connect(self) -> http.client.HTTPSConnection:
         assert self._address.hostname is not None
-        return http.client.HTTPSConnection(self._address.hostname, self._address.port, context=self._tls, timeout=30.0)
+        return http.client.HTTPSConnection(self._address.hostname, self._address.port, context=self._tls, timeout=120.0)
 
     def _ask(
         self, connection: http.client.HTTPSConnection, method: str, path: str, body: object, content: str
@@ -116,7 +118,7 @@ def _serves_crds(admin: Admin) -> bool:
     return {"llmservices", "llmservices/status", "llmpools/scale"} <= names
 
 
-def until(what: str, is_true: Callable[[], Any], timeout_s: float = 60.0) -> Any:
+def until(what: str, is_true: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
     """Poll until it is truthy. Raises: TimeoutError."""
     deadline = time.monotonic() + timeout_s
     while not (found := is_true()):
@@ -370,9 +372,7 @@ class Operator:
         """The folder of the package that the next start runs: that of another version, say."""
 
     def start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith(("BATON_", "KUBERNETES_"))
         }
@@ -398,7 +398,7 @@ class Operator:
             return False
 
     def http(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}{path}", timeout=5.0) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}{path}", timeout=30.0) as response:
             return response.read().decode()
 
     def kill(self) -> None:
@@ -410,7 +410,7 @@ class Operator:
     def stop(self) -> int:
         assert self._process is not None
         self._process.send_signal(signal.SIGTERM)
-        return self._process.wait(20.0)
+        return self._process.wait(120.0)
 
     @property
     def log(self) -> str:
@@ -445,6 +445,22 @@ class World:
             until("chat ready", self.namespace.is_ready)
         except TimeoutError as error:
             raise AssertionError(f"{error}\n{self.namespace.service()}\n{self.operator.log[-4000:]}") from error
+
+    def num_passes(self) -> float:
+        """How often the operator has looked at its service since it was started."""
+        return Metrics.parse(self.operator.http("/metrics")).value("baton_operator_reconciles_total")
+
+    def until_at_rest(self) -> None:
+        """Ready, with no revision on its way in or out."""
+        try:
+            until("at rest", self._is_at_rest)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}\n{self.namespace.service()}\n{self.operator.log[-4000:]}") from error
+
+    def _is_at_rest(self) -> bool:
+        service, progressing = self.namespace.service(), self.namespace.condition("Progressing")
+        is_current = service.get("status", {}).get("observedGeneration") == service["metadata"]["generation"]
+        return self.namespace.is_ready() and progressing.get("status") == "False" and is_current
 
     def until_quiet(self, quiet_s: float = 2.0) -> None:
         """Until nothing was written for a while."""

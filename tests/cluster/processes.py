@@ -85,7 +85,7 @@ def end_with_parent() -> None:
 
 def kill_processes_of(run: str) -> None:
     """Kill what a dead supervisor left: what has its run in the environment."""
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + 60.0
     while left := [process for process in psutil.process_iter() if _is_of(process, run)]:
         for process in left:
             try:

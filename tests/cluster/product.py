@@ -30,7 +30,7 @@ from modelfiles.cache import default_cache_dir
 from modelfiles.store import pull
 from tests.cluster.build import cache_folder, find, find_base_image, find_tier
 from tests.cluster.errors import ClusterError, Unavailable
-from tests.cluster.kube import NodeCluster
+from tests.cluster.kube import PATIENCE_S, NodeCluster
 from tests.e2e.chaos import Workload
 from tests.e2e.streams import Stream, open_stream
 from tests.metrics_text import Metrics
@@ -105,7 +105,7 @@ class Product:
         yield
         self.times_s[what] = round(time.monotonic() - began, 1)
 
-    def helm(self, *arguments: str | Path, timeout_s: float = 120.0) -> str:
+    def helm(self, *arguments: str | Path, timeout_s: float = 400.0) -> str:
         command = [self.helm_program, *arguments, "--namespace", self.namespace]
         done = subprocess.run(
             command, env=self.cluster.environment(), capture_output=True, text=True, check=False, timeout=timeout_s
@@ -114,7 +114,7 @@ class Product:
             raise ClusterError(f"helm {' '.join(map(str, arguments))}: {done.stdout}{done.stderr}")
         return done.stdout
 
-    def kubectl(self, *arguments: str, stdin: str | None = None, timeout_s: float = 60.0) -> str:
+    def kubectl(self, *arguments: str, stdin: str | None = None, timeout_s: float = PATIENCE_S) -> str:
         return self.cluster.kubectl(*arguments, "-n", self.namespace, stdin=stdin, timeout_s=timeout_s)
 
     def get(self, *arguments: str) -> Any:
@@ -126,7 +126,7 @@ class Product:
     def patch(self, spec: Mapping[str, Any]) -> None:
         self.kubectl("patch", "llm", self.name, "--type=merge", "-p", json.dumps({"spec": spec}))
 
-    def wait_until(self, what: str, is_true: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    def wait_until(self, what: str, is_true: Callable[[], bool], timeout_s: float = 300.0) -> None:
         """With what pods and operator said, where it does not come true."""
         try:
             self.cluster.wait_until(what, is_true, timeout_s)
@@ -229,7 +229,7 @@ class Traffic:
         self._is_over = True
         self._thread.join()
 
-    def wait_for(self, num_streams: int, timeout_s: float = 120.0) -> None:
+    def wait_for(self, num_streams: int, timeout_s: float = 300.0) -> None:
         """Until so many more streams have ended."""
         enough, deadline = self.num_streams + num_streams, time.monotonic() + timeout_s
         while self.num_streams < enough:

@@ -140,7 +140,7 @@ def _remove_cgroups(run: str) -> None:
 
 
 def _remove_cgroup(folder: Path) -> None:
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + 60.0
     while True:
         try:
             folder.rmdir()

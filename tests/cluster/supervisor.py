@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.cluster import build, control_plane, node, runs
-from tests.cluster.errors import ClusterError, StartFailed
+from tests.cluster.errors import ClusterError
 from tests.cluster.forward import forward_command
 from tests.cluster.kube import write_kubeconfig
 from tests.cluster.processes import Processes
@@ -69,8 +69,8 @@ def start_node(processes: Processes, folder: Path) -> Connection:
     control_plane.wait_until_controllers_work(processes, url, endpoint)
     objects = node.start_metrics_server(processes, programs, folder, place, endpoint)
     connection = _connection("node", folder, endpoint, url)
-    _apply(programs["kubectl"], connection, objects)
     kubectl = programs["kubectl"]
+    processes.wait_for("metrics announced", lambda: _is_applied(kubectl, connection, objects), blame="kube-apiserver")
     processes.wait_for("node ready", lambda: _node_is_ready(kubectl, connection), blame="kubelet")
     # An API that is announced and does not answer holds up the deletion of every namespace.
     processes.wait_for("metrics ready", lambda: _metrics_answer(url, endpoint), blame="metrics-server")
@@ -130,9 +130,9 @@ def _start_forward(processes: Processes, init_pid: int, place: control_plane.Pla
     return int(log.read_text().split()[0])
 
 
-def _apply(kubectl: Path, connection: Connection, objects: list[dict[str, object]]) -> None:
+def _is_applied(kubectl: Path, connection: Connection, objects: list[dict[str, object]]) -> bool:
     document = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
-    _kubectl(kubectl, connection, "apply", "--server-side", "-f", "-", stdin=document)
+    return _kubectl(kubectl, connection, "apply", "--server-side", "-f", "-", stdin=document) is not None
 
 
 def _node_is_ready(kubectl: Path, connection: Connection) -> bool:
@@ -144,11 +144,13 @@ def _metrics_answer(url: str, endpoint: control_plane.Endpoint) -> bool:
     return control_plane.answers(url, endpoint, "/apis/metrics.k8s.io/v1beta1/nodes")
 
 
-def _kubectl(kubectl: Path, connection: Connection, *arguments: str, stdin: str | None = None) -> str:
-    command = [kubectl, f"--kubeconfig={connection.kubeconfig}", *arguments]
+def _kubectl(kubectl: Path, connection: Connection, *arguments: str, stdin: str | None = None) -> str | None:
+    """What it printed; None where it failed, to be asked again: on a busy machine an API server times out at first."""
+    command = [kubectl, f"--kubeconfig={connection.kubeconfig}", "--request-timeout=30s", *arguments]
     said = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
     if said.returncode != 0:
-        raise StartFailed(f"kubectl {' '.join(arguments)}: {said.stderr.strip()}")
+        print(f"kubectl {' '.join(arguments)}: {said.stderr.strip()}", file=sys.stderr, flush=True)
+        return None
     return said.stdout
 
 

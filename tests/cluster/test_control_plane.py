@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from tests.cluster import launch, runs
+from tests.cluster.certificates import make_certificates
 from tests.cluster.errors import ClusterError, StartFailed, Unavailable
 from tests.cluster.forward import REPOSITORY
 from tests.cluster.holder import hold_a_cluster, processes_of, supervisor_of, until_gone
-from tests.cluster.kube import Cluster
+from tests.cluster.kube import Cluster, write_kubeconfig
 
 
 def test_an_applied_object_is_read_back(control_plane: Cluster) -> None:
@@ -60,7 +63,7 @@ def test_next_start_removes_what_a_killed_supervisor_left(control_plane: Cluster
     supervisor.kill()
     holder.kill()
     holder.wait()
-    supervisor.wait(10.0)
+    supervisor.wait(60.0)
     assert (runs.root() / run).exists()
     runs.clean_leftovers()
     until_gone(run)
@@ -90,6 +93,44 @@ def test_an_existing_cluster_is_used_and_never_ended(
         with pytest.raises(Unavailable, match="BATON_LOAD_IMAGE"):
             existing.import_image(tmp_path / "image.tar")
     assert control_plane.kubectl("get", "--raw", "/readyz") == "ok"
+
+
+@pytest.mark.parametrize(
+    ("words", "num_calls"),
+    [
+        ("error validating data: Get https://a/openapi/v2: (Client.Timeout exceeded while awaiting headers)", 2),
+        ("Error from server (NotFound): Client.Timeout exceeded", 1),
+    ],
+    ids=["gave up on schemas", "was refused"],
+)
+def test_kubectl_is_run_again_where_it_had_asked_for_nothing(words: str, num_calls: int, tmp_path: Path) -> None:
+    """A stand-in for kubectl that fails at first."""
+    program, calls = tmp_path / "kubectl", tmp_path / "calls"
+    counts = f"echo >> {calls}\n[ $(wc -l < {calls}) -gt 1 ] && exec echo done"
+    program.write_text(f"#!/bin/sh\n{counts}\necho '{words}' >&2\nexit 1\n")
+    program.chmod(0o755)
+    cluster = Cluster(tmp_path / "config", program, url="", token="", ca_file=None, audit_log=None)
+    with nullcontext() if num_calls == 2 else pytest.raises(ClusterError, match="NotFound"):
+        assert cluster.kubectl("apply") == "done\n"
+    assert len(calls.read_text().splitlines()) == num_calls
+
+
+def test_an_existing_cluster_that_does_not_answer_is_a_reason_to_skip(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket() as nobody:  # bound and not listening: refused at once, and nobody else gets the port
+        nobody.bind(("127.0.0.1", 0))
+        url = f"https://127.0.0.1:{nobody.getsockname()[1]}"
+        make_certificates(tmp_path, ["IP:127.0.0.1"])
+        monkeypatch.setenv("KUBECONFIG", str(write_kubeconfig(tmp_path / "config", url, tmp_path / "ca.crt", "x")))
+        with pytest.raises(Unavailable, match=f"the cluster of {tmp_path}/config does not answer: (.|\\n)*refused"):
+            launch.existing_cluster()
+
+
+def test_without_a_kubeconfig_there_is_no_existing_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    with pytest.raises(Unavailable, match=f"needs a kubeconfig; there is no {tmp_path}/config"):
+        launch.existing_cluster()
 
 
 def test_a_developers_cluster_outlives_up_and_ends_with_down(control_plane: Cluster, tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from tests.cluster.operator_world import (
     running_operator,
     until,
 )
+from tests.metrics_text import Metrics, documented, types_of
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 SPEC: dict[str, Any] = {"pools": {"prefill": {"replicas": 1}, "decode": {"replicas": 2}}}
 OPEN: dict[str, Any] = {"pools": {"prefill": {"min": 1, "max": 3}, "decode": {"min": 1, "max": 4}}}
 
@@ -58,12 +59,8 @@ def test_an_applied_example_becomes_ready_and_explains_itself(world: World) -> N
     assert status["pools"]["decode"]["summary"] == "1/1"
     line = world.kubectl("get", "llm", "chat", "--no-headers").split()
     assert line[:6] == ["chat", "True", "smollm2", "1/1", "1/1", "Auto"]
-    reasons = {
-        event["reason"]
-        for event in world.namespace.list("v1", "events")
-        if event["involvedObject"]["kind"] == "LLMService"
-    }
-    assert reasons == {"FirstRevision", "Ready"}
+    until("event of what status says", lambda: "Ready" in _reasons(world))
+    assert _reasons(world) == {"FirstRevision", "Ready"}
 
 
 def test_every_child_is_owned_labelled_and_applied_by_our_field_manager(world: World) -> None:
@@ -88,18 +85,21 @@ def test_every_child_is_owned_labelled_and_applied_by_our_field_manager(world: W
 def test_at_rest_nothing_is_called(world: World) -> None:
     """Neither reads nor writes, through ten looks at the service and a restart of the operator."""
     world.apply(SPEC)
-    world.until_ready()
+    world.until_at_rest()
     world.until_quiet()
     world.operator.kill()
     world.proxy.forget_calls()
     world.operator.start()
     until("synced", world.operator.is_synced)
+    until("looked at, probed and looked at again", lambda: world.num_passes() >= 2)
     world.until_quiet(4.0)
     assert world.proxy.recording.mutating == []
     asked = len([call for call in world.proxy.recording.calls if call.verb == "get"])
     for number in range(10):  # a label of the user's own is no change of what is asked for, but has it looked at
+        num_passes = world.num_passes()
         patch = {"metadata": {"labels": {"looked-at": str(number)}}}
         world.namespace.admin.merge(world.namespace.path("serving.baton.dev/v1alpha1", "llmservices", "chat"), patch)
+        until("looked at", lambda before=num_passes: world.num_passes() > before)
     world.until_quiet(2.0)
     assert world.proxy.recording.mutating == []
     assert len([call for call in world.proxy.recording.calls if call.verb == "get"]) == asked
@@ -206,8 +206,7 @@ def test_a_new_revision_serves_after_it_answered_a_probe(world: World) -> None:
     assert second in {probe["revision"] for probe in world.gateway.probes}
     until("first is gone", lambda: _revisions(world) == 1)
     assert world.gateway.serving() == second
-    reasons = [event["reason"] for event in world.namespace.list("v1", "events")]
-    assert {"TrialStarted", "RevisionServes"} <= set(reasons)
+    until("events of both", lambda: {"TrialStarted", "RevisionServes"} <= _reasons(world))
 
 
 def test_a_revision_that_never_answers_is_rolled_back_and_the_old_one_serves_on(world: World) -> None:
@@ -255,9 +254,14 @@ def test_health_and_metrics_say_how_old_the_last_look_is(world: World) -> None:
     world.until_ready()
     ages = json.loads(world.operator.http("/livez"))
     assert all(0 <= age < 60 for age in ages.values())
-    metrics = world.operator.http("/metrics")
-    assert 'baton_operator_reconciles_total{outcome="changed"}' in metrics
-    assert "baton_operator_reconcile_duration_seconds_count" in metrics
+    text = world.operator.http("/metrics")
+    pages = {name: kind for (process, name), (kind, _) in documented().items() if process == "operator"}
+    assert types_of("operator", text) == pages, "what dashboards and alerts are held to"
+    metrics = Metrics.parse(text)
+    assert metrics.value("baton_operator_reconciles_total", outcome="changed") > 0
+    assert metrics.value("baton_operator_reconcile_duration_seconds_count") > 0
+    counted = 'baton_operator_managed_objects{kind="LLMService"} 1.0'
+    until("counted at the next tick", lambda: counted in world.operator.http("/metrics"))
     assert world.operator.stop() == 0
 
 
@@ -276,6 +280,12 @@ def test_in_cluster_mode_services_of_every_namespace_are_served(world: World) ->
         world.until_quiet()
         assert set(world.proxy.recording.created.values()) <= {1}
     other.remove()
+
+
+def _reasons(world: World) -> set[str]:
+    """Of the events on the service."""
+    events = world.namespace.list("v1", "events")
+    return {event["reason"] for event in events if event["involvedObject"]["kind"] == "LLMService"}
 
 
 def _permissions(world: World) -> set[tuple[str, str, str]]:

@@ -25,7 +25,7 @@ from tests.cluster.api_proxy import Fault, WatchFault
 from tests.cluster.kube import Cluster
 from tests.cluster.operator_world import REPOSITORY, Admin, World, end_state, install, new_world, until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 SPEC: dict[str, Any] = {
     "pools": {"prefill": {"replicas": 1}, "decode": {"min": 2}},
@@ -179,10 +179,7 @@ def run(world: World, workload: str) -> None:
 
 
 def settle(world: World) -> None:
-    try:
-        until("at rest", lambda: is_at_rest(world))
-    except TimeoutError as error:
-        raise AssertionError(f"{error}\n{world.namespace.service()}\n{world.operator.log[-3000:]}") from error
+    world.until_at_rest()
     world.until_quiet()
 
 
@@ -191,13 +188,6 @@ def num_created(world: World) -> Counter[str]:
     return Counter(
         {re.sub(r"-[0-9a-f]{8}$", "-REVISION", name): n for name, n in world.proxy.recording.created.items()}
     )
-
-
-def is_at_rest(world: World) -> bool:
-    status = world.namespace.service().get("status", {})
-    progressing = world.namespace.condition("Progressing")
-    is_current = status.get("observedGeneration") == world.namespace.service()["metadata"]["generation"]
-    return world.namespace.is_ready() and progressing.get("status") == "False" and is_current
 
 
 def difference(wanted: Any, found: Any, path: str = "") -> str:

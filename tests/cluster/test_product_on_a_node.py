@@ -13,7 +13,7 @@ import openai
 import pytest
 import yaml
 
-from bench.service import free_port
+from bench.ports import free_port
 from tests.cluster import product as node_product
 from tests.cluster.errors import ClusterError, Unavailable
 from tests.cluster.kube import NodeCluster
@@ -283,7 +283,7 @@ def test_an_image_that_never_runs_is_rolled_back_under_traffic(product: Product)
         product.wait_until("rolled back", lambda: product.condition("Degraded")["reason"] == "RolledBack")
         why = f"ImagePullBackOff: the image {missing} cannot be pulled"
         assert why in product.condition("Degraded")["message"]
-        assert why in product.kubectl("describe", "llm", product.name)
+        product.wait_until("the event", lambda: why in product.kubectl("describe", "llm", product.name))
         assert product.service()["status"]["servingRevision"] == before
         assert has_condition(product, "Ready")
         product.patch({"image": {"worker": image}})
@@ -317,7 +317,7 @@ def test_helm_upgrade_touches_no_worker(product: Product) -> None:
     before = {pod["metadata"]["uid"] for role in ("prefill", "decode", "gateway") for pod in product.pods(role)}
     with product.traffic():
         product.helm("upgrade", RELEASE, CHART, "--reuse-values", "--set=operator.logLevel=debug")
-        product.kubectl("rollout", "status", f"deployment/{RELEASE}-baton", "--timeout=60s", timeout_s=70)
+        product.kubectl("rollout", "status", f"deployment/{RELEASE}-baton", "--timeout=240s", timeout_s=300)
     after = {pod["metadata"]["uid"] for role in ("prefill", "decode", "gateway") for pod in product.pods(role)}
     assert after == before
 

@@ -21,7 +21,7 @@ from tests.cluster.operator_world import Admin, World, end_state, install, new_w
 from tests.cluster.test_operator_faults import difference, settle
 from tests.spec_sweep import Spec, Sweep, groups, num_steps, parse, stated, sweeps
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 _SEED, _SIZE = 20261123, 12
 
 _PATH = f"/apis/{API_VERSION}/namespaces/default/llmservices"

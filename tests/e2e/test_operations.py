@@ -18,8 +18,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.service import free_port
-from tests.metrics_text import Metrics
+from bench.ports import free_port
+from tests.metrics_text import Metrics, documented, types_of
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -128,28 +128,11 @@ def _talk(service: Operated) -> None:
     assert service.post(f"/v1/{PROMPT.split()[0]}", ask) is None
 
 
-def documented() -> dict[tuple[str, str], tuple[str, frozenset[str]]]:
-    """docs/metrics.md: (process, name) to (type, labels)."""
-    rows: dict[tuple[str, str], tuple[str, frozenset[str]]] = {}
-    for line in (ROOT / "docs" / "metrics.md").read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 5 and cells[0].startswith("`"):
-            labels = frozenset(label.strip(" `") for label in cells[2].split(",") if label.strip())
-            for process in cells[3].split(", "):
-                rows[process, cells[0].strip("`")] = (cells[1], labels)
-    return rows
-
-
 def test_metrics_of_all_three_processes_are_the_documented_ones(operated: Operated) -> None:
     live: dict[tuple[str, str], str] = {}
-    pages = documented()
     for role, text in operated.metrics().items():
-        for family in text_string_to_metric_families(text):
-            name = family.name + ("_total" if family.type == "counter" else "")
-            live[role, name] = family.type
-            for sample in family.samples:
-                assert frozenset(sample.labels) - {"le"} == pages[role, name][1], (role, sample)
-    assert live == {key: kind for key, (kind, _) in pages.items() if key[0] != "operator"}  # not part of local mode
+        live |= {(role, name): kind for name, kind in types_of(role, text).items()}
+    assert live == {key: kind for key, (kind, _) in documented().items() if key[0] != "operator"}  # not in local mode
 
 
 def value(text: str, name: str, **labels: str) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.service import free_port
+from bench.ports import free_port
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 

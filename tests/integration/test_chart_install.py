@@ -21,7 +21,10 @@ from tests.cluster.kube import Cluster
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "baton"
 KNOWN_SERVICE = "--api-versions=serving.baton.dev/v1alpha1/LLMService"
+ESTABLISHED = ("--for=condition=Established", "--timeout=200s")
 NEVER = ("pods/exec", "pods/log", "nodes", "namespaces", "clusterroles")
+
+pytestmark = pytest.mark.timeout(900)  # a helm takes half a second, and half a minute on a busy machine
 
 EVERYTHING: dict[str, Any] = {
     "global": {"imageRegistry": "registry.example.com/team"},
@@ -89,7 +92,7 @@ class Helm:
         stated.write_text(json.dumps(values or {}))
         return subprocess.run(
             [self.program, *arguments, *(["--values", stated] if values else [])],
-            env=cluster.environment() if cluster else None, capture_output=True, text=True, check=False, timeout=100,
+            env=cluster.environment() if cluster else None, capture_output=True, text=True, check=False, timeout=400,
         )  # fmt: skip
 
     def must(self, *arguments: str | Path, **more: Any) -> str:
@@ -194,7 +197,7 @@ def monitoring(cluster: Cluster) -> Iterator[None]:
     made = [open_crd("monitoring.coreos.com", "v1", kind) for kind in ("PodMonitor", "PrometheusRule")]
     cluster.apply(*made)
     for crd in made:
-        cluster.kubectl("wait", "crd", crd["metadata"]["name"], "--for=condition=Established")
+        cluster.kubectl("wait", "crd", crd["metadata"]["name"], *ESTABLISHED)
     yield
     for crd in made:
         cluster.kubectl("delete", "crd", crd["metadata"]["name"])
@@ -225,7 +228,7 @@ def test_the_api_server_takes_everything_that_is_rendered(helm: Helm, cluster: C
     if by_kind(documents, "LLMService"):
         cluster.apply(*definitions)
         for definition in definitions:
-            cluster.kubectl("wait", "crd", definition["metadata"]["name"], "--for=condition=Established")
+            cluster.kubectl("wait", "crd", definition["metadata"]["name"], *ESTABLISHED)
     for pod in by_kind(documents, "Pod"):  # admission looks their account up, and a dry run makes none
         account = {"name": pod["spec"]["serviceAccountName"], "namespace": pod["metadata"]["namespace"]}
         cluster.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": account})

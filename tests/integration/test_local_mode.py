@@ -20,7 +20,7 @@ import yaml
 from baton.local.control import Command, Verb, send_command
 from baton.local.errors import ControlError
 from baton.local.rundir import RunDir
-from bench.service import free_port
+from bench.ports import free_port
 
 pytestmark = pytest.mark.timeout(300)
 

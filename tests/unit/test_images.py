@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from images.build import layers_in, unused_layers
 from images.cut_cuda import make_stand_in, switch_off_distributed
 
 ROOT = Path(__file__).parents[2]
@@ -107,3 +108,17 @@ def test_a_torch_that_asks_in_another_way_is_refused_when_the_image_is_built(tmp
     assert (tmp_path / "torch" / "__init__.py").read_text() == "if False: pass\n"
     with pytest.raises(SystemExit, match=r"mend images/cut_cuda\.py"):
         switch_off_distributed(tmp_path)
+
+
+def test_layers_of_which_the_build_says_nothing_and_that_have_no_name_are_unused() -> None:
+    said = ["STEP 2/3: COPY a /a", "--> Using cache b4951a6b0f9641f1354e4a1fa60a4fcafa6bf54b7f285afec40beb2ffda7d157"]
+    said += [
+        "--> e61455ecb60",
+        "[2/2] COMMIT localhost/x:dev",
+        "--> 0f40e185dee",
+        "Successfully tagged localhost/x:dev",
+    ]
+    used = {layer for line in said for layer in layers_in(line + "\n")}
+    images = [{"id": each, "names": None} for each in ("b4951a6b0f96", "e61455ecb606", "78c43bda4baf")]
+    images += [{"id": "0d4516032319", "names": ["localhost/baton-worker-cuda:dev"]}]
+    assert unused_layers(images, used) == ["78c43bda4baf"]

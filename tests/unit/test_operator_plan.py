@@ -32,6 +32,7 @@ from tests.unit.operator_world import Cluster, Memory
 
 ROUTING = Ref("v1", "ConfigMap", "chat-routing")
 GATEWAY = Ref("apps/v1", "Deployment", "chat-gateway")
+ROUTING = Ref("v1", "ConfigMap", "chat-routing")
 
 
 def pools(prefill: int = 1, decode: int = 1, image: str = "good-0", **more: Any) -> dict[str, Any]:
@@ -369,6 +370,72 @@ def test_a_failed_revision_that_gateways_route_to_stays_until_the_serving_one_is
     assert cluster.serving_revision == good
 
 
+@pytest.mark.parametrize("strategy", ["Surge", "Replace"])
+def test_a_third_revision_gets_room_while_gateways_live_on_a_failed_one(strategy: str) -> None:
+    """The one that serves by name has no pair: its room is worth more to the one that is asked for."""
+    spec = {"rollout": {"progressDeadline": "5m", "strategy": strategy}}
+    cluster = at_rest(pools(2, 2, **spec))
+    good = cluster.desired.revision
+    cluster.set_spec(pools(2, 2, "mute", **spec))
+    bad = cluster.desired.revision
+    cluster.reconcile()
+    for _ in range(3):
+        cluster.tick()
+        cluster.reconcile()
+    cluster.now += 400
+    unready(cluster, good)
+    for _ in range(4):
+        cluster.reconcile()
+        unready(cluster, good)
+        cluster.now += 2
+    assert cluster.rollout["failed"] == bad
+    cluster.set_spec(pools(2, 2, "good-2", **spec))
+    third = cluster.desired.revision
+    for _ in range(30):  # less than the deadline
+        cluster.reconcile()
+        cluster.tick()
+        unready(cluster, good)
+        cluster.now += 5
+        assert cluster.serving_revision == third or cluster.has_pair(bad), "requests have somewhere to go all the time"
+        for role in ("prefill", "decode"):
+            assert sum(count for (_, of), count in cluster.counts().items() if of == role) <= room(strategy)
+    assert cluster.serving_revision == third
+    assert {revision for revision, _ in cluster.workers()} == {third}
+    said = [event.message for event in cluster.events if event.reason == "RevisionServes"]
+    assert said == [f"requests go to revision {bad}, {good} drains", f"requests go to revision {third}, {bad} drains"]
+
+
+@pytest.mark.parametrize("answer", ["another", "nothing", "drains"])
+def test_a_revision_that_not_every_gateway_lives_on_takes_nobodys_place(answer: str) -> None:
+    cluster = at_rest(pools(2, 2))
+    good = cluster.desired.revision
+    cluster.set_spec(pools(2, 2, "good-1"))
+    bad = cluster.desired.revision
+    cluster.reconcile()
+    cluster.tick()
+    cluster.set_spec(pools(2, 2, "good-2"))
+    unready(cluster, good)
+    if answer == "drains":
+        cluster.workers()[bad, "decode"]["spec"]["replicas"] = 0
+    others = {"another": (good,), "nothing": (), "drains": (bad,)}[answer]
+    cluster.memory.gateways = tuple(GatewayReport(f"g{i}", good, seen) for i, seen in enumerate((bad, *others)))
+    if answer == "nothing":
+        cluster.memory.gateways = ()
+    cluster.reconcile()
+    assert cluster.serving_revision == good
+
+
+def unready(cluster: Cluster, revision: str) -> None:
+    """Its nodes are gone."""
+    for role in ("prefill", "decode"):
+        if body := cluster.workers().get((revision, role)):
+            body["status"]["readyReplicas"] = 0
+
+
+def room(strategy: str) -> int:
+    return 2 if strategy == "Replace" else 4
+
+
 def test_a_trial_that_is_up_while_no_gateway_is_ready_ends_at_the_deadline_and_says_what_to_do() -> None:
     spec = {"rollout": {"progressDeadline": "5m"}}
     cluster = at_rest(pools(**spec))
@@ -505,6 +572,38 @@ def test_gateways_keep_their_image_when_a_revision_is_rolled_back_but_follow_the
     cluster.set_spec(release(3, replicas=2))
     cluster.converge()
     assert (gateway_image(cluster), cluster.objects[GATEWAY]["spec"]["replicas"]) == ("gateway-3", 2)
+
+
+@pytest.mark.parametrize("image", ["good-2", "mute"], ids=["on trial", "rolled back"])
+def test_gateways_that_somebody_deletes_come_back_as_the_serving_revision_had_them(image: str) -> None:
+    """Those of the revision on trial might refuse the workers that serve, and its image may not even exist."""
+    cluster = at_rest(release(1, maxQueueRequests=7))
+    before = cluster.objects[GATEWAY]["spec"]["template"]["spec"]
+    changed = release(2, maxQueueRequests=8) | {"image": {"worker": image, "gateway": "gateway-2"}}
+    cluster.set_spec(changed)
+    cluster.reconcile()
+    if image == "mute":
+        cluster.converge()
+    cluster.delete(GATEWAY)
+    cluster.reconcile(dies_after=0)  # what it had in memory is lost
+    cluster.reconcile()
+    after = cluster.objects[GATEWAY]["spec"]["template"]["spec"]
+    assert after["containers"] == before["containers"]
+    assert after["initContainers"] == before["initContainers"]
+    cluster.converge()
+    assert gateway_image(cluster) == ("gateway-1" if image == "mute" else "gateway-2")
+
+
+def test_deleted_gateways_come_back_as_asked_for_where_nobody_knows_how_they_were() -> None:
+    """The ConfigMap was written by an operator that kept no such memory, or somebody spoilt it."""
+    cluster = at_rest(release(1))
+    cluster.set_spec(release(2))
+    cluster.reconcile()
+    for spoilt in ("", "[]", '{"image": 7}', '{"image": "gateway-1", "args": "--http"}'):
+        cluster.objects[ROUTING]["data"]["gateway.json"] = spoilt
+        cluster.delete(GATEWAY)
+        cluster.reconcile()
+        assert gateway_image(cluster) == "gateway-2"
 
 
 def test_gateways_that_change_without_their_image_do_not_wait_for_a_trial() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def test_a_plan_shows_revision_objects_and_steps(tmp_path: Path) -> None:
 def test_a_plan_of_pools_without_stated_replicas_shows_what_seeds_them(tmp_path: Path, spec: str) -> None:
     said = run("--file", write(tmp_path, "chat.yaml", spec))
     assert "one prompt through prefill and decode" in said[said.index("Steps") :]
+
+
+def test_a_plan_of_the_example_says_what_pools_that_state_no_replicas_begin_with() -> None:
+    said = run("--file", str(Path(__file__).parents[2] / "examples" / "llmservice.yaml"))
+    (num_objects,) = map(int, re.findall(r"^Objects \((\d+)\)", said, re.MULTILINE))
+    steps = said[said.index("Steps") :]
+    assert f"make {num_objects - 2 - 2} objects" in steps, "Secrets and worker Deployments have lines of their own"
+    for role in ("prefill", "decode"):
+        assert f"LLMPool/baton-{role}: 1 worker\n" in steps
 
 
 def test_a_plan_from_one_service_to_another_shows_the_rollout(tmp_path: Path) -> None:
