@@ -93,7 +93,7 @@ def test_no_draw_falls_below_min_p() -> None:
     logits = logits_of(49, 2.0)[:1]
     rows = min_p_rows(logits.numpy(), 3)
     for gumbel in (False, True):
-        assert_min_p_holds(logits.numpy(), rows, sample(logits, rows, gumbel=gumbel).tokens)
+        assert_min_p_holds(logits.numpy(), rows, sample(logits, rows, SMALL, gumbel=gumbel).tokens)
 
 
 def test_a_row_without_any_number_still_answers_with_a_token() -> None:
