@@ -76,6 +76,7 @@ def _sample_row(logits_row: int, sampler: Sequence, chunk: Chunk, config: ModelC
         temperature=params.temperature,
         top_k=params.top_k,
         top_p=params.top_p,
+        min_p=params.min_p,
         repetition=params.repetition_penalty,
         frequency=params.frequency_penalty,
         presence=params.presence_penalty,

@@ -13,9 +13,9 @@ from engine.token_counts import TokenCounts
 class SamplingParams:
     """How to draw tokens. Validated by the gateway; the engine only asserts.
 
-    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off; `num_logprobs` -1 asks for none, 0 for the drawn
-    token's, k for the k most likely as well. Logprobs are those of the raw distribution, before penalties and
-    temperature.
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off (min-p keeps tokens of at least that share of
+    the greatest probability, at the temperature); `num_logprobs` -1 asks for none, 0 for the drawn token's, k for the k
+    most likely as well. Logprobs are those of the raw distribution, before penalties and temperature.
     """
 
     max_tokens: int = 16
@@ -30,6 +30,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    min_p: float = 0.0
 
     @property
     def has_penalties(self) -> bool:

@@ -43,7 +43,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[Any, ...]]] = {
     "kv_transfer_params": (None,),
     "length_penalty": (None, 1.0),
     "logit_bias": (None, {}),
-    "min_p": (None, 0.0),
     "modalities": (None, ["text"]),
     "parallel_tool_calls": (None, True),
     "prediction": (None,),
@@ -96,6 +95,7 @@ class SamplingBody(_Body):
     temperature: Finite | None = Field(None, ge=0)
     top_p: Finite | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
+    min_p: Finite = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     frequency_penalty: Finite = Field(0.0, ge=-2, le=2)
     presence_penalty: Finite = Field(0.0, ge=-2, le=2)
@@ -343,6 +343,7 @@ def sampling_of(
         repetition_penalty=_first(body.repetition_penalty, defaults.repetition_penalty, 1.0),
         frequency_penalty=body.frequency_penalty,
         presence_penalty=body.presence_penalty,
+        min_p=body.min_p,
     )
     stop_rules = StopRules(
         max_tokens=max_tokens,

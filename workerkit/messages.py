@@ -24,6 +24,7 @@ def sampling_params(message: pb.SamplingParams) -> SamplingParams:
         repetition_penalty=message.repetition_penalty,
         frequency_penalty=message.frequency_penalty,
         presence_penalty=message.presence_penalty,
+        min_p=message.min_p,
     )
 
 

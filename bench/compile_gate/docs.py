@@ -1,4 +1,4 @@
-"""The table of docs/kernels.md: a row per case, figures of sm_90, and which Triton compiled them."""
+"""The tables of docs/kernels.md. The one of our cases: a row per case, figures of sm_90, and which Triton made them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from bench.devices import DEVICES
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 ARCH = 90
-_MARKED = re.compile(r"(<!-- table: compiled -->\n).*?(<!-- end -->)", re.DOTALL)
 _HEAD = (
     "Kernel", "Shape", "Registers", "Shared memory", "Warps", "Programs per SM", "Tensor instructions",
     "Loads 128 bits / narrower", "FLOP per byte", "Bound on an H100 / H200 (model)",
@@ -24,12 +23,21 @@ def write(results: Sequence[tuple[Job, Compiled]], triton_version: str) -> None:
     rows = [_row(job, result) for job, result in results if job.arch == ARCH]
     lines = [_HEAD, tuple("---" for _ in _HEAD), *rows]
     text = f"Triton {triton_version}, sm_{ARCH}.\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    PAGE.write_text(_MARKED.sub(lambda found: found[1] + text + found[2], PAGE.read_text()))
+    write_table("compiled", text)
+
+
+def write_table(name: str, text: str) -> None:
+    """Replace what stands between `<!-- table: NAME -->` and the next `<!-- end -->`."""
+    PAGE.write_text(_marked(name).sub(lambda found: found[1] + text + found[2], PAGE.read_text(), count=1))
+
+
+def _marked(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def missing(jobs: Sequence[Job]) -> list[str]:
     """Rows that the page lacks, or has of cases that are gone. Its figures change with Triton: not compared."""
-    found = _MARKED.search(PAGE.read_text())
+    found = _marked("compiled").search(PAGE.read_text())
     rows = set(re.findall(r"^(\| `[^|]*\| [^|]* \|)", found[0] if found else "", re.MULTILINE))
     expected = {_title(job) for job in jobs if job.arch == ARCH}
     return sorted(expected ^ rows)

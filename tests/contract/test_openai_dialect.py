@@ -158,6 +158,7 @@ async def test_sampling_fields_reach_the_worker(harness: Harness) -> None:
     fields = {
         "temperature": 0.5, "top_p": 0.25, "top_k": 7, "seed": -1, "repetition_penalty": 1.5, "frequency_penalty": 0.5,
         "presence_penalty": -0.5, "min_tokens": 2, "stop_token_ids": [5, 6], "ignore_eos": True,
+        "min_p": 0.125,
     }  # fmt: skip
     assert (await harness.complete(**fields)).status_code == 200
     sampling = harness.worker.requests[0].sampling
@@ -355,6 +356,8 @@ async def test_token_ids_are_returned_if_asked(harness: Harness) -> None:
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"top_p": 1.1}, "top_p", "less than or equal to 1"),
         ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+        ({"min_p": -0.1}, "min_p", r"greater than or equal to 0 \(got -0.1\)"),
+        ({"min_p": 1.1}, "min_p", r"less than or equal to 1 \(got 1.1\)"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"max_tokens": 2044}, "max_tokens", r"5 prompt tokens \+ 2044 exceed .* of 2048.*at most 2043"),
         ({"prompt": "x" * 2048}, "prompt", "2048 tokens leave no room in the model's maximum of 2048"),

@@ -39,7 +39,7 @@ def workloads(num_tokens: int) -> list[Workload]:
     chat |= {key: value for key, value in ask.items() if key != "prompt"}
     return [
         Workload("greedy", ask | {"temperature": 0}),
-        Workload("seeded", ask | {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 7}),
+        Workload("seeded", ask | {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "min_p": 0.01, "seed": 7}),
         Workload(
             "penalties", ask | {"temperature": 0.7, "seed": 11, "frequency_penalty": 0.5, "repetition_penalty": 1.1}
         ),

@@ -65,7 +65,7 @@ def test_disaggregated_equals_colocated_byte_for_byte(service: Service, colocate
         {"prompt": "Once upon a time", "temperature": 0.8, "seed": 5, "n": 3},
         {"prompt": "word " * 300, "temperature": 1.0, "top_p": 0.9, "seed": 6, "presence_penalty": 0.4},
         {"prompt": "The list: 1, 2, 3,", "temperature": 0, "logprobs": 3},
-        {"prompt": [100], "temperature": 0.5, "top_k": 20, "seed": 9},
+        {"prompt": [100], "temperature": 0.5, "top_k": 20, "min_p": 0.05, "seed": 9},
     ]
     for request in requests:
         answers = [
@@ -78,12 +78,15 @@ def test_disaggregated_equals_colocated_byte_for_byte(service: Service, colocate
         assert split == alone, request
 
 
+_EXTRAS = ("top_k", "min_p")  # vLLM's fields, which the client does not know
+
+
 def _extras(request: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in request.items() if key == "top_k"}
+    return {key: value for key, value in request.items() if key in _EXTRAS}
 
 
 def _plain(request: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in request.items() if key != "top_k"}
+    return {key: value for key, value in request.items() if key not in _EXTRAS}
 
 
 def test_a_batch_of_many_gives_each_what_it_gets_alone(service: Service) -> None:

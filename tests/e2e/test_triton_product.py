@@ -23,8 +23,11 @@ ENGINE = {"maxModelLen": 96, "maxNumSeqs": 4, "blockSize": 8}
 ROLES = ("prefill", "decode")
 REQUESTS: list[dict[str, Any]] = [
     {"prompt": "The quick brown fox jumps over", "temperature": 0, "max_tokens": 5, "logprobs": 1},
-    {"prompt": "Call me Ishmael. ", "temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 4, "n": 2},
-]
+    {
+        "prompt": "Call me Ishmael. ", "temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 4, "n": 2,
+        "extra_body": {"min_p": 0.02},
+    },
+]  # fmt: skip
 
 
 @contextlib.contextmanager

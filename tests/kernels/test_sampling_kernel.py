@@ -10,7 +10,7 @@ import torch
 
 from engine.kernels.native.library import NativeContext
 from engine.kernels.sampling import native, reference
-from tests.sampling_rows import ROW, VARIANTS, seen
+from tests.sampling_rows import ROW, VARIANTS, assert_min_p_holds, min_p_rows, seen
 
 
 def test_philox_gives_the_published_vectors() -> None:
@@ -44,6 +44,24 @@ def test_greedy_takes_the_lowest_id_of_equals(context: NativeContext) -> None:
 def test_top_k_of_equals_keeps_k(context: NativeContext) -> None:
     rows = [replace(ROW, top_k=3, seed=seed) for seed in range(300)]
     assert set(native.sample(context, torch.zeros(1, 500), rows).tokens.tolist()) == {0, 1, 2}
+
+
+def test_no_draw_falls_below_min_p(context: NativeContext) -> None:
+    logits = torch.randn(3, 301, generator=torch.Generator().manual_seed(4)) * 2
+    rows = min_p_rows(logits.numpy(), 60)
+    assert_min_p_holds(logits.numpy(), rows, native.sample(context, logits, rows).tokens)
+
+
+def test_a_row_without_any_number_still_answers_with_a_token(context: NativeContext) -> None:
+    logits = torch.full((2, 40), float("nan"))
+    logits[1] = float("-inf")
+    rows = [
+        replace(ROW, logits_row=row, num_logprobs=2, **cuts)
+        for row in range(2)
+        for cuts in ({}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"min_p": 0.1, "top_k": 5})
+    ]
+    tokens = native.sample(context, logits, rows).tokens
+    assert ((tokens >= 0) & (tokens < 40)).all()
 
 
 def test_banned_tokens_are_never_drawn(context: NativeContext) -> None:

@@ -31,7 +31,7 @@ Outputs = dict[tuple[int, int], list[tuple[int, float]]]
 
 SAMPLINGS = (
     SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, num_logprobs=2),
-    SamplingParams(max_tokens=24, temperature=0.9, top_p=0.9, seed=5, ignore_eos=True, num_logprobs=0),
+    SamplingParams(max_tokens=24, temperature=0.9, top_p=0.9, min_p=0.02, seed=5, ignore_eos=True, num_logprobs=0),
     SamplingParams(
         max_tokens=18, seed=9, ignore_eos=True, repetition_penalty=1.2, frequency_penalty=0.3, num_logprobs=0
     ),

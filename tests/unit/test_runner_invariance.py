@@ -125,8 +125,9 @@ def test_kv_moved_to_another_memory_continues_with_the_same_bits(checkpoint: Pat
 
 
 SAMPLED = SamplingParams(
-    temperature=0.9, top_k=50, top_p=0.95, seed=11, repetition_penalty=1.1, presence_penalty=0.2, num_logprobs=3
-)
+    temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, seed=11, repetition_penalty=1.1, presence_penalty=0.2,
+    num_logprobs=3,
+)  # fmt: skip
 
 
 def draw(rig: Rig, sequences: list[Sequence], steps: int) -> list[list[SampledToken]]:

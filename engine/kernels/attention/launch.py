@@ -346,9 +346,6 @@ def _attention_case(
         flops=4 * tile.block_m * tile.block_n * model.head_dim,
         bytes=2 * kv_bytes * tile.block_n * model.head_dim,
         has_dot=True,
-        # With prompts on sm_100 each thread reads a tile's scales one by one (117 narrow loads beside 24 wide ones):
-        # tcgen05's layout of the scores asks for it, hints do not change it. What it costs is unmeasured.
-        vector_loads=decode or kv == "bf16",
         programs_per_sm=tile.programs_per_sm,
         archs=(90, 100) if kv == "fp8" else (80, 90, 100),
     )

@@ -90,8 +90,10 @@ def _attend(
     for start in tl.range(begin, end, BLOCK_N, num_stages=1 if MASKED and WINDOW == 0 else None):
         positions = start + tl.arange(0, BLOCK_N)
         known = positions < seq_len
+        # Whole blocks of positions have one mask: what it guards can be read by wide loads, scales above all.
+        exists = known if scales is None else positions // BLOCK_SIZE * BLOCK_SIZE < seq_len
         if MASKED:
-            blocks = tl.load(table + positions // BLOCK_SIZE, mask=known, other=0)
+            blocks = tl.load(table + positions // BLOCK_SIZE, mask=exists, other=0)
         else:
             blocks = tl.load(table + positions // BLOCK_SIZE)
         slots = positions % BLOCK_SIZE
@@ -107,8 +109,8 @@ def _attend(
         if scales is not None:
             scale_pointers = scales + blocks.to(tl.int64) * stride_scale_block + slots
             if MASKED:
-                key_scales = tl.load(scale_pointers, mask=known, other=0.0)
-                value_scales = tl.load(scale_pointers + stride_scale_kv, mask=known, other=0.0)
+                key_scales = tl.where(known, tl.load(scale_pointers, mask=exists, other=0.0), 0.0)
+                value_scales = tl.where(known, tl.load(scale_pointers + stride_scale_kv, mask=exists, other=0.0), 0.0)
             else:
                 key_scales = tl.load(scale_pointers)
                 value_scales = tl.load(scale_pointers + stride_scale_kv)

@@ -1,4 +1,5 @@
-// Draws tokens from rows of logits: min_tokens mask -> penalties -> temperature -> top-k -> top-p -> draw.
+// Draws tokens from rows of logits: min_tokens mask -> penalties -> temperature -> min-p -> top-k -> top-p ->
+// draw.
 //
 // A row's token depends on its logits, its parameters and the counter (seed, choice, position) only. Candidates are
 // ordered by logit, then by lower id; sums run in that order (or in id order without top-k and top-p) in double.
@@ -12,7 +13,7 @@
 
 namespace baton {
 
-struct SampleRow {  // mirrors sampling/launch.py
+struct SampleRow {  // mirrors sampling/native.py
   uint64_t seed;
   int64_t seen;            // offset of the row's distinct prompt and output ids
   int64_t banned;          // offset of ids that may not be drawn
@@ -26,7 +27,7 @@ struct SampleRow {  // mirrors sampling/launch.py
   int32_t num_logprobs;    // -1: none
   int32_t num_seen;        // 0 without penalties
   int32_t num_banned;
-  int32_t unused;
+  float min_p_margin;      // how far below the greatest logit one is kept; -infinity: all are
 };
 
 struct Sampling {
@@ -82,21 +83,25 @@ static inline int32_t row_argmax(const float* x, int64_t n) {
 
 constexpr int64_t kSumBlock = 1024;
 
-// weights = e^((x - top) * scale) and their sum in double, by blocks in order.
-static inline double row_weights(const float* x, int64_t n, float top, float scale, float* weights, double* block_sums) {
+// weights = e^((x - top) * scale), 0 where x < lowest, and their sum in double, by blocks in order.
+static inline double row_weights(const float* x, int64_t n, float top, float scale, float lowest, float* weights,
+                                 double* block_sums) {
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kSumBlock) {
     int64_t end = std::min(n, begin + kSumBlock);
     vf sum{};
     int64_t i = begin;
     for (; i + kWidth <= end; i += kWidth) {
-      vf w = exp((load(x + i) - broadcast(top)) * broadcast(scale));
+      const vf logits = load(x + i);
+      const vi dropped = logits < broadcast(lowest);
+      vf w = exp((logits - broadcast(top)) * broadcast(scale));
+      w = dropped ? broadcast(0.0f) : w;
       if (weights) store(weights + i, w);
       sum += w;
     }
     double block = sum_lanes(sum);
     for (; i < end; ++i) {
-      float w = exp1((x[i] - top) * scale);
+      float w = x[i] < lowest ? 0.0f : exp1((x[i] - top) * scale);
       if (weights) weights[i] = w;
       block += w;
     }
@@ -145,17 +150,18 @@ class RowSampler {
 
   int32_t draw(const SampleRow& row, const float* logits, int64_t n) {
     const double u = uniform(row.seed, uint32_t(row.position), uint32_t(row.choice));
-    const float top = row_max(logits, n), scale = float(1.0 / row.temperature);
+    const float top = row_max(logits, n), scale = float(1.0 / row.temperature), lowest = top + row.min_p_margin;
     const bool top_k = row.top_k > 0 && row.top_k < n, top_p = row.top_p < 1.0;
-    if (!top_k && !top_p) return draw_from_all(logits, n, top, scale, u);
+    if (!top_k && !top_p) return draw_from_all(logits, n, top, scale, lowest, u);
     double total;
     if (top_k) {
       select_top(logits, n, row.top_k);
+      while (logits[candidates_.back()] < lowest) candidates_.pop_back();
       total = 0;
       for (int32_t id : candidates_) total += exp1((logits[id] - top) * scale);
     } else {
       weights_.resize(size_t(n));
-      total = row_weights(logits, n, top, scale, weights_.data(), nullptr);
+      total = row_weights(logits, n, top, scale, lowest, weights_.data(), nullptr);
       select_nucleus(logits, n, total * (1.0 - row.top_p) / double(n));
     }
     size_t kept = candidates_.size();
@@ -173,10 +179,10 @@ class RowSampler {
     return candidates_[0];  // only by rounding, or if every weight is NaN
   }
 
-  int32_t draw_from_all(const float* logits, int64_t n, float top, float scale, double u) {
+  int32_t draw_from_all(const float* logits, int64_t n, float top, float scale, float lowest, double u) {
     weights_.resize(size_t(n));
     blocks_.resize(size_t((n + kSumBlock - 1) / kSumBlock));
-    const double target = u * row_weights(logits, n, top, scale, weights_.data(), blocks_.data());
+    const double target = u * row_weights(logits, n, top, scale, lowest, weights_.data(), blocks_.data());
     double sum = 0;
     size_t block = 0;
     while (block + 1 < blocks_.size() && sum + blocks_[block] <= target) sum += blocks_[block++];
@@ -210,6 +216,7 @@ class RowSampler {
     k = std::min<int64_t>(k, int64_t(candidates_.size()));
     std::partial_sort(candidates_.begin(), candidates_.begin() + k, candidates_.end(), before);
     candidates_.resize(size_t(k));
+    if (candidates_.empty()) candidates_.push_back(0);  // every logit is NaN
   }
 
   // Tokens of weight >= bound, in order. All others together weigh less than 1 - top_p, so the nucleus is among these.
@@ -225,7 +232,8 @@ class RowSampler {
   void write_logprobs(const Sampling& op, const SampleRow& row, const float* raw, int64_t n, int32_t token,
                       int64_t index) {
     const float top = row_max(raw, n);
-    const double log_total = std::log(row_weights(raw, n, top, 1.0f, nullptr, nullptr)) + top;
+    const float all = -std::numeric_limits<float>::infinity();
+    const double log_total = std::log(row_weights(raw, n, top, 1.0f, all, nullptr, nullptr)) + top;
     op.logprobs[index] = float(raw[token] - log_total);
     if (row.num_logprobs == 0) return;
     select_top(raw, n, std::min<int64_t>(row.num_logprobs, n));

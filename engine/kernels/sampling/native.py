@@ -26,7 +26,7 @@ _ROW = np.dtype(
         ("num_logprobs", np.int32),
         ("num_seen", np.int32),
         ("num_banned", np.int32),
-        ("unused", np.int32),  # the C++ row is a multiple of 8 bytes
+        ("min_p_margin", np.float32),
     ]
 )
 
@@ -37,8 +37,6 @@ def sample(context: NativeContext, logits: Tensor, rows: list[SampleRow]) -> Dra
     """Draw one token per row from logits [n, vocab] float32, rows contiguous."""
     if logits.dtype != torch.float32 or logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits are {tuple(logits.shape)} {logits.dtype}, expected [n, vocab] float32")
-    if any(row.min_p > 0 for row in rows):
-        raise ValueError("min_p: the native sampler does not know it")
     draws = empty_draws(rows)
     seen_ids, seen_counts, num_seen = [_NONE], [_NONE], 0
     banned: list[int] = []
@@ -49,7 +47,7 @@ def sample(context: NativeContext, logits: Tensor, rows: list[SampleRow]) -> Dra
         packed[i] = (
             *(row.seed & 0xFFFFFFFFFFFFFFFF, num_seen, len(banned), row.temperature, row.top_p),
             *(row.repetition, row.frequency, row.presence, row.logits_row, row.choice, row.position, row.top_k),
-            *(min(row.num_logprobs, logits.shape[1]), num_own, len(row.banned), 0),
+            *(min(row.num_logprobs, logits.shape[1]), num_own, len(row.banned), row.min_p_margin),
         )
         if row.seen:
             seen_ids.append(np.asarray(row.seen.ids))

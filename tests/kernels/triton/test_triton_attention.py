@@ -22,7 +22,7 @@ FP8 = torch.float8_e4m3fn
 TILE = TileConfig(block_m=16, block_n=16, split_size=0, num_warps=4, num_stages=1, programs_per_sm=2)
 FIXED = replace(TILE, split_size=32)
 ROOM = 1000
-MIXED = [(0, 1), (15, 1), (0, 17), (16, 16), (45, 18), (62, 1)]  # (start, num_tokens)
+MIXED = [(0, 1), (0, 15), (15, 1), (0, 17), (16, 16), (45, 18), (62, 1)]  # (start, num_tokens)
 
 
 @dataclass
@@ -130,7 +130,7 @@ def test_a_mixed_batch_equals_float64(config: TileConfig, room: int) -> None:
     ("heads", "kv_heads", "dim", "block_size", "start"),
     [
         (1, 1, 64, 1, 14), (3, 1, 80, 2, 15), (2, 2, 96, 16, 16), (4, 1, 128, 64, 62), (20, 1, 2, 128, 63),
-        (2, 1, 256, 256, 299),
+        (2, 1, 112, 32, 31), (2, 1, 256, 256, 299),
     ],
     ids=lambda value: str(value),
 )  # fmt: skip
@@ -152,6 +152,21 @@ def test_window_and_soft_cap_equal_float64(window: int, soft_cap: float, config:
     batch = Batch([(0, 20), (100, 1), (63, 9)], 2, 1)
     out = batch.run(config, window=window, soft_cap=soft_cap)
     batch.assert_close(out, batch.want(window=window, soft_cap=soft_cap))
+
+
+@pytest.mark.parametrize("config", [TILE, FIXED, None], ids=["fast", "fixed", "shipped"])
+def test_a_long_context_equals_float64(config: TileConfig | None) -> None:
+    batch = Batch([(1023, 1), (517, 2)], 2, 1, block_size=16)
+    batch.assert_close(batch.run(config), batch.want())
+
+
+@pytest.mark.parametrize("room", [0, ROOM], ids=["one-program", "splits"])
+def test_tiles_before_the_window_are_not_even_looked_up(room: int) -> None:
+    """Their blocks may be gone: a table's entry of no block would end the interpreter."""
+    batch = Batch([(100, 1), (64, 3)], 2, 1)
+    want = batch.want(window=17)
+    batch.tables[0, : 80 // 4] = batch.tables[1, : 48 // 4] = 2**31 - 1
+    batch.assert_close(batch.run(room=room, window=17), want)
 
 
 def test_large_scores_do_not_overflow() -> None:
@@ -332,6 +347,13 @@ def check_splits() -> None:
     batch.assert_close(batch.run(FIXED, window=9), batch.want(window=9))
 
 
+def check_unified() -> None:
+    torch.manual_seed(0)  # some inputs hide some mutations
+    batch = Batch([(33, 1)], 2, 1)
+    for level in (0.0, 500.0):
+        batch.assert_close(batch.run(unified_maximum=level), batch.want())
+
+
 def check_trees_and_caps() -> None:
     torch.manual_seed(0)  # some inputs hide some mutations
     batch = Batch([(18, 4)], 2, 1, kv_dtype=torch.int8)
@@ -356,6 +378,7 @@ def check_trees_and_caps() -> None:
         (check_splits, "tl.cdiv(end, split_size))", "end // split_size)"),
         (check_splits, "other_total * other_shrink", "other_total"),
         (check_splits, "positions % BLOCK_SIZE", "(positions + 1) % BLOCK_SIZE"),
+        (check_unified, "(total < least) |", ""),
         (check_trees_and_caps, "row_tokens[:, None] < ends", "row_tokens[:, None] <= ends"),
         (check_trees_and_caps, "scores * key_scales[None, :]", "scores"),
         (check_trees_and_caps, "weights * value_scales[None, :]", "weights"),

@@ -132,7 +132,7 @@ def kv_of(rig: Rig, sequence: Sequence) -> Tensor:
     "sampling",
     [
         {"num_logprobs": 3},
-        {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 5, "num_logprobs": 0},
+        {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "seed": 5, "num_logprobs": 0},
         {
             "temperature": 1.2,
             "seed": 2**63 + 1,

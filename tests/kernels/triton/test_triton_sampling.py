@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.kernels.sampling import launch, reference
 from engine.kernels.sampling.packed_rows import Results, RowBuffer, pack_rows
 from engine.kernels.sampling.rows import Draws, SampleRow
-from tests.sampling_rows import HISTORY, ROW, seen
+from tests.sampling_rows import HISTORY, ROW, assert_min_p_holds, min_p_rows, seen
 from tests.sampling_rows import VARIANTS as PLAIN_VARIANTS
 
 CPU = torch.device("cpu")
@@ -24,8 +24,6 @@ SMALL = launch.Config(tile=64, block=32, listed=4, group=2, capacity=48)
 
 
 VARIANTS = PLAIN_VARIANTS | {
-    "min-p": replace(ROW, min_p=0.1),
-    "all-cuts": replace(ROW, min_p=0.01, top_k=12, top_p=0.9, temperature=2.0),
     "banned-and-seen": replace(ROW, banned=(5, 9), presence=-20.0, seen=seen(*HISTORY, num_prompt=0)),
 }
 
@@ -89,6 +87,13 @@ def test_top_k_of_equals_keeps_the_k_lowest_ids() -> None:
     drawn = sample(torch.zeros(1, 100), rows)
     assert set(drawn.tokens.tolist()) == {0, 1, 2}
     check(drawn, torch.zeros(1, 100), rows)
+
+
+def test_no_draw_falls_below_min_p() -> None:
+    logits = logits_of(49, 2.0)[:1]
+    rows = min_p_rows(logits.numpy(), 3)
+    for gumbel in (False, True):
+        assert_min_p_holds(logits.numpy(), rows, sample(logits, rows, SMALL, gumbel=gumbel).tokens)
 
 
 def test_a_row_without_any_number_still_answers_with_a_token() -> None:
