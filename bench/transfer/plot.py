@@ -18,8 +18,9 @@ _PANEL_HEIGHT = 250
 _ROW_GAP = 80
 _COLOURS = {Medium.NIXL: "#c0392b", Medium.SHM: "#1e8449", Medium.GRPC: "#1f618d"}
 _DASHES = {Kind.RAW: "7 4", Kind.FRAGMENTED: "2 3"}
+_GOAL_LINE = ("#e59866", "10 4")
 _MOST_SHARE = 140
-_GOALS = ((80, "goal 80 %: neighbours"), (60, "goal 60 %: no two neighbours"))
+_GOALS = (80, 60)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def svg(rows: Sequence[Row]) -> str:
             range(0, _MOST_SHARE + 1, 20),
             is_first,
         )
-        parts += _goals(below, is_first)
+        parts += _goals(below)
         parts += _lines(below, of_shape, (Kind.BLOCKS, Kind.FRAGMENTED), lambda row: 100 * (row.ratio or 0.0))
     return "\n".join([*parts, "</svg>", ""])
 
@@ -81,7 +82,8 @@ def svg(rows: Sequence[Row]) -> str:
 def _legend(y: float) -> list[str]:
     entries = [(medium.value, _COLOURS[medium], "") for medium in Medium]
     entries += [("neighbouring blocks", "#555", ""), ("no two neighbours", "#555", _DASHES[Kind.FRAGMENTED])]
-    entries += [("raw copy over the same medium", "#555", _DASHES[Kind.RAW])]
+    entries += [("raw copy, same medium", "#555", _DASHES[Kind.RAW])]
+    entries += [("nixl's goals", *_GOAL_LINE)]
     parts: list[str] = []
     x: float = _LEFT
     for label, colour, dash in entries:
@@ -112,14 +114,9 @@ def _frame(panel: _Panel, title: str, unit: str, steps: Sequence[float], has_lab
     return parts
 
 
-def _goals(panel: _Panel, has_labels: bool) -> list[str]:
-    parts: list[str] = []
-    for share, label in _GOALS:
-        y = panel.y(share)
-        parts.append(_stroke([(panel.left, y), (panel.left + panel.width, y)], "#e59866", "10 4"))
-        if has_labels:
-            parts.append(_text(panel.left + panel.width - 6, y - 4, label, anchor="end", colour="#b9770e", size=11))
-    return parts
+def _goals(panel: _Panel) -> list[str]:
+    levels = [panel.y(share) for share in _GOALS]
+    return [_stroke([(panel.left, y), (panel.left + panel.width, y)], *_GOAL_LINE) for y in levels]
 
 
 def _lines(panel: _Panel, rows: Sequence[Row], kinds: Sequence[Kind], value: Callable[[Row], float]) -> list[str]:
