@@ -53,7 +53,7 @@ format: env ## let ruff put the source in order
 bench: env model ## measure; figures with commands belong into docs/log.md
 	@$(PYTHON) -m bench $(ARGS)
 
-bench-transfer: env ## measure how KV moves: nixl, grpc, shared memory against raw copies; a table and transfer.svg
+bench-transfer: env model ## measure how KV moves, and what safety takes of TTFT: a table and transfer.svg, in about 8 minutes
 	@$(PYTHON) -m bench.transfer --plot transfer.svg $(ARGS)
 
 soak: env model cluster-tools ## hundreds of kills; prints run/total

@@ -25,7 +25,7 @@ def main() -> None:
     lib = compile_list()
     write("lib", lib)
     write("operator", _without(compile_list("operator", given=lib), lib))
-    worker = _without(compile_list("worker", "gpu", given=lib), lib)
+    worker = _without(compile_list("worker", "gpu", "nixl", given=lib), lib)
     write("worker", {name: entry for name, entry in worker.items() if not GPU_ONLY.match(name)})
     write("worker-cuda", worker)
 

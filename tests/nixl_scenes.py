@@ -5,6 +5,7 @@ D is this process, at the seam (NixlReader and its pairs), P is a child that reg
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import signal
@@ -15,7 +16,7 @@ import time
 
 import numpy as np
 
-from kvtransfer import nixl_transport
+from kvtransfer import nixl_agent, nixl_transport
 from kvtransfer.errors import PullError
 from kvtransfer.nixl_agent import ReadState
 from kvtransfer.nixl_transport import NixlMemory, NixlReader, Pair, _Stop
@@ -24,20 +25,49 @@ from kvtransfer.transport import BlockRead, BlockSource, SourceBlock
 
 BLOCK_BYTES, NUM_BLOCKS = 4 << 20, 16  # four groups: two are read while two wait
 PATIENCE_S = 20.0
+NUM_RESTARTS, HANDOVERS_PER_RESTART = 100, 10
 BLOCKS = [SourceBlock(index, index, 7) for index in range(NUM_BLOCKS)]
 
 
 def serve() -> None:
-    """P: says where its memory is, publishes all of it, waits for the end of its input."""
+    """P: says where its memory is, waits for the end of its input."""
+    kept = publish()
+    print(kept[-1].SerializeToString().hex(), flush=True)
+    sys.stdin.read()
+
+
+def serve_many() -> None:
+    """A P in a process of its own for each line of input; says where it is, and when it has ended.
+
+    Forked, for a hundred imports take minutes: this process has NIXL's libraries, but neither an agent nor a thread.
+    """
+    nixl_agent._api()
+    _end_with_parent()
+    for _ in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            _end_with_parent()
+            kept = publish()
+            print(os.getpid(), kept[-1].SerializeToString().hex(), flush=True)
+            signal.pause()
+        os.waitpid(child, 0)
+        print("ended", flush=True)
+
+
+def _end_with_parent() -> None:
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def publish() -> tuple[BlockSource, NixlMemory, pb.WorkerInfo]:
+    """P's memory, registered and open to whoever is told where it is."""
     memory = memoryview(bytearray(NUM_BLOCKS * BLOCK_BYTES))
     np.frombuffer(memory, np.uint8)[:] = 5
     source = BlockSource(memory, BLOCK_BYTES, secrets.token_bytes(16))
     registered = NixlMemory(source)
     source.open(bytes(16))
     source.publish(bytes(16), BLOCKS)
-    info = worker_info(source, registered)
-    print(info.SerializeToString().hex(), flush=True)
-    sys.stdin.read()
+    return source, registered, worker_info(source, registered)
 
 
 def worker_info(source: BlockSource, registered: NixlMemory) -> pb.WorkerInfo:
@@ -59,6 +89,35 @@ class Peer:
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+class Peers:
+    """P, started again and again: kill -9, so that it takes leave of nothing."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "tests.nixl_scenes", "serve-many"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._pid = 0
+
+    def start(self) -> pb.WorkerInfo:
+        assert self._process.stdin is not None
+        self._process.stdin.write("start\n")
+        self._process.stdin.flush()
+        pid, info = self._read().split()
+        self._pid = int(pid)
+        return pb.WorkerInfo.FromString(bytes.fromhex(info))
+
+    def kill(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+        assert self._read() == "ended"
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
 
 
 class Decode:
@@ -179,32 +238,61 @@ def restart() -> str:
 def leaks() -> str:
     """Both ends in one process: P's agent is made anew a hundred times, ten hand-overs each."""
     memory = memoryview(bytearray(NUM_BLOCKS * BLOCK_BYTES))
-    decode = Decode(5.0)
-    seen: list[tuple[int, int, int]] = []
-    num_read = 0
-
-    def count(read: BlockRead) -> None:
-        nonlocal num_read
-        num_read += 1
-
-    for _ in range(100):
+    decode, seen = Decode(5.0), Seen()
+    for _ in range(NUM_RESTARTS):
         source = BlockSource(memory, BLOCK_BYTES, secrets.token_bytes(16))
         registered = NixlMemory(source)
         source.open(bytes(16))
         source.publish(bytes(16), BLOCKS)
         pair = decode.reader.attach(worker_info(source, registered))
-        for _ in range(10):
-            pair.read(BLOCKS[:1], decode.blocks[:1], count, _Stop())
+        hand_over(decode, pair, seen)
         pair.leave()
         registered.close()
         source.generation_table.close()
+        seen.look(decode)
+    return seen.told(decode)
+
+
+def restarts(num_restarts: int) -> str:
+    """D lives, P is another process each time and is killed: nothing of the dead stays with D."""
+    decode, seen, peers = Decode(5.0), Seen(), Peers()
+    for _ in range(num_restarts):
+        pair = decode.reader.attach(peers.start())
+        hand_over(decode, pair, seen)
+        peers.kill()
+        pair.leave()
+        seen.look(decode)
+    peers.end()
+    return seen.told(decode)
+
+
+class Seen:
+    """What D held after each restart: threads, descriptors, mappings."""
+
+    def __init__(self) -> None:
+        self.num_read = 0
+        self._looks: list[tuple[int, int, int]] = []
+
+    def count(self, read: BlockRead) -> None:
+        self.num_read += 1
+
+    def look(self, decode: Decode) -> None:
         assert decode.reader.num_peers == 0
-        seen.append((len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), _num_mappings()))
-    # Libraries keep pools from the first rounds; a descriptor that is just being closed may be counted in any round.
-    early, late = ([min(kind) for kind in zip(*rounds, strict=True)] for rounds in (seen[10:20], seen[-10:]))
-    assert late == early, f"threads, descriptors, mappings: {early}, then {late}"
-    decode.reader.close()
-    return f"{num_read} hand-overs, {len(seen)} restarts: nothing left"
+        self._looks.append((len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), _num_mappings()))
+
+    def told(self, decode: Decode) -> str:
+        # Libraries keep pools from the first rounds; any round may count a descriptor that is just being closed.
+        early, late = (
+            [min(kind) for kind in zip(*looks, strict=True)] for looks in (self._looks[10:20], self._looks[-10:])
+        )
+        assert late == early, f"threads, descriptors, mappings: {early}, then {late}"
+        decode.reader.close()
+        return f"{self.num_read} hand-overs, {len(self._looks)} restarts: nothing left"
+
+
+def hand_over(decode: Decode, pair: Pair, seen: Seen) -> None:
+    for _ in range(HANDOVERS_PER_RESTART):
+        pair.read(BLOCKS[:1], decode.blocks[:1], seen.count, _Stop())
 
 
 def _num_mappings() -> int:
@@ -219,11 +307,15 @@ SCENES = {
     "kill": kill,
     "restart": restart,
     "leaks": leaks,
+    "restarts": lambda: restarts(30),
+    "many-restarts": lambda: restarts(NUM_RESTARTS),
 }
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve()
+    elif sys.argv[1] == "serve-many":
+        serve_many()
     else:
         print(SCENES[sys.argv[1]](), flush=True)
         os._exit(0)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not nixl_agent.is_available(), reason="needs the
 ROOT = Path(__file__).parents[2]
 
 
-def _play(scene: str, **environment: str) -> str:
+def _play(scene: str, timeout_s: float = 110, **environment: str) -> str:
     """One scene of tests/nixl_scenes.py, in a process of its own."""
     played = subprocess.run(
         [sys.executable, "-m", "tests.nixl_scenes", scene],
@@ -29,7 +29,7 @@ def _play(scene: str, **environment: str) -> str:
         env=os.environ | {"UCX_TLS": "tcp"} | environment,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=timeout_s,
         check=False,
     )
     assert played.returncode == 0, played.stderr[-4000:]
@@ -61,3 +61,16 @@ def test_a_restart_under_the_same_address_is_another_incarnation() -> None:
 
 def test_no_registration_thread_descriptor_or_mapping_is_left_after_many_hand_overs_and_restarts() -> None:
     assert _play("leaks", UCX_TLS="all") == "1000 hand-overs, 100 restarts: nothing left"
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize(
+    ("scene", "timeout_s", "told"),
+    [
+        ("restarts", 110, "300 hand-overs, 30 restarts: nothing left"),
+        pytest.param("many-restarts", 1800, "1000 hand-overs, 100 restarts: nothing left", marks=pytest.mark.soak),
+    ],
+    ids=["30", "100"],
+)
+def test_nothing_of_prefill_processes_that_were_killed_is_left(scene: str, timeout_s: float, told: str) -> None:
+    assert _play(scene, timeout_s, UCX_TLS="all") == told

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from images import cut_nixl
 from images.build import layers_in, unused_layers
 from images.cut_cuda import make_stand_in, switch_off_distributed
+from kvtransfer import nixl_agent
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "images"
@@ -33,8 +38,10 @@ def pinned(*lists: str) -> dict[str, tuple[int, ...]]:
         (PROJECT["project"]["optional-dependencies"]["operator"], ["lib", "operator"]),
         (PROJECT["project"]["optional-dependencies"]["worker"], ["lib", "worker"]),
         (PROJECT["project"]["optional-dependencies"]["gpu"], ["lib", "worker-cuda"]),
+        (PROJECT["project"]["optional-dependencies"]["nixl"], ["worker"]),
+        (PROJECT["project"]["optional-dependencies"]["nixl"], ["worker-cuda"]),
     ],
-    ids=["lib", "operator", "worker", "worker-cuda"],
+    ids=["lib", "operator", "worker", "worker-cuda", "nixl in worker", "nixl in worker-cuda"],
 )
 def test_every_dependency_is_pinned_in_the_range_that_is_asked_for(asked: list[str], lists: list[str]) -> None:
     there = pinned(*lists)
@@ -122,3 +129,54 @@ def test_layers_of_which_the_build_says_nothing_and_that_have_no_name_are_unused
     images = [{"id": each, "names": None} for each in ("b4951a6b0f96", "e61455ecb606", "78c43bda4baf")]
     images += [{"id": "0d4516032319", "names": ["localhost/baton-worker-cuda:dev"]}]
     assert unused_layers(images, used) == ["78c43bda4baf"]
+
+
+def test_what_is_linked_stays_and_the_rest_of_nixl_goes() -> None:
+    links = {"plugin": ["a", "libc"], "a": ["b"], "b": ["a"], "cloud": ["b", "sdk"], "sdk": []}
+    assert cut_nixl.closure({"plugin"}, links) == {"plugin", "a", "b"}
+
+
+def test_nixl_is_not_needed_where_it_is_not_installed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "torch").mkdir()
+    cut_nixl.main(tmp_path)
+    assert capsys.readouterr().out == "NIXL is not installed\n"
+
+
+@pytest.mark.skipif(not nixl_agent.is_available(), reason="needs the extra nixl")
+def test_two_agents_read_each_others_memory_with_what_the_images_keep(tmp_path: Path) -> None:
+    """The cut is of the installed wheel: a version that opens another library by name is noticed before an image is."""
+    installed = [
+        Path(spec.origin).parents[1] for name in nixl_agent.PACKAGES if (spec := find_spec(name)) and spec.origin
+    ]
+    for folder in installed[0].iterdir():
+        if "nixl" in folder.name and folder.is_dir():
+            shutil.copytree(folder, tmp_path / folder.name, copy_function=os.symlink)
+    cut_nixl.main(tmp_path)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "UCX_TLS": "tcp"}
+    for command in (["-m", "images.cut_nixl", "--check"], ["-c", _TWO_AGENTS]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "read", done.stdout
+
+
+_TWO_AGENTS = """
+import time, numpy as np
+from kvtransfer.nixl_agent import ReadState, open_agent
+source, to = np.arange(1 << 17, dtype=np.uint64), np.zeros(1 << 17, np.uint64)
+prefill, decode = (open_agent(n, [(m.ctypes.data, m.nbytes)]) for n, m in (("p", source), ("d", to)))
+peer = decode.add_peer(prefill.metadata)
+theirs = decode.prepare(peer, source.ctypes.data, source.nbytes, 1)
+ours = decode.prepare(None, to.ctypes.data, to.nbytes, 1)
+read, deadline = decode.post_read(ours, [0], theirs, [0]), time.monotonic() + 60
+while decode.state(read) is ReadState.RUNNING and time.monotonic() < deadline:
+    time.sleep(0.001)
+print("read" if (source == to).all() else decode.state(read))
+"""
