@@ -36,8 +36,8 @@ from modelfiles.read_config import load_config
 from modelfiles.weights import open_weights
 
 BLOCK_SIZE = 16
-NUM_PROMPT_TOKENS = 192
-NUM_OUTPUT_TOKENS = 96
+NUM_PROMPT_TOKENS = 64
+NUM_OUTPUT_TOKENS = 128
 
 
 class Way(Enum):
@@ -86,7 +86,9 @@ def serve(
     engine = Engine(engine_config, runner)
     said: dict[int, list[int]] = {key: [] for key in range(num_requests)}
     for key in said:
-        prompt = tuple(3 + (key * 7919 + position * 31) % 4096 for position in range(NUM_PROMPT_TOKENS))
+        prompt = tuple(
+            3 + (key * 7919 + position * 31) % (config.vocab_size - 3) for position in range(NUM_PROMPT_TOKENS)
+        )
         sampling = SamplingParams(max_tokens=NUM_OUTPUT_TOKENS, temperature=0.0, ignore_eos=True)
         engine.match(EngineRequest(key, f"bench-{key}", prompt, sampling))
         engine.start_local(key)
