@@ -69,6 +69,16 @@ def test_a_content_that_several_wait_for_has_one_host_block_and_is_saved_once():
     host.check([])
 
 
+def test_a_host_block_of_ones_own_rests_until_the_next_plan():
+    host = HostBlocks(1)
+    own = host.reserve(3, {}, [0])
+    assert own is not None
+    host.release(own)
+    assert host.reserve(3, {}, [0]) is None
+    host.settle()
+    assert host.reserve(3, {}, [0]) is not None
+
+
 def test_a_refused_reservation_changes_nothing():
     host = HostBlocks(2)
     assert host.reserve(9, {0: link(1), 1: link(2)}, [2]) is None
@@ -296,8 +306,11 @@ def test_blocks_that_came_back_are_found_by_prompts_that_begin_alike():
     engine, runner = make_engine(**{**TIGHT, "num_blocks": 8})
     submit(engine, 1, 14)
     submit(engine, 2, 6)
+    while not engine.counters.swapped_in_blocks:
+        engine.step()
+    sequence = engine._groups[2].leader
+    assert sequence.num_filled_blocks == sequence.num_computed_tokens // 4 > 0, "from the step on that brought them"
     run_out(engine)
-    assert engine.counters.swapped_in_blocks > 0
     runner.num_executed_tokens = 0
     prompt = tuple(1 + (6 + position) % 7 for position in range(6))
     assert engine.match(EngineRequest(3, "r", prompt, SamplingParams(max_tokens=1))).num_cached_tokens == 4
