@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-BENCHMARKS = ("scheduler", "long_prompt", "engine", "transfer", "gateway", "pd", "operator")
+BENCHMARKS = ("scheduler", "long_prompt", "engine", "swap", "transfer", "gateway", "pd", "operator")
 NEED_A_GPU = ("gpu",)
 
 

@@ -249,7 +249,7 @@ def _figure(
     return Figure(name, unit, amount / ours, amount / theirs, ratio, cpu_ratio, theirs_name)
 
 
-def _random_checkpoint(folder: Path) -> Path:
+def random_checkpoint(folder: Path) -> Path:
     """SmolLM2-135M's shape with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -282,7 +282,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        path = args.model or _random_checkpoint(Path(folder))
+        path = args.model or random_checkpoint(Path(folder))
         config, weights = load_config(path), open_weights(path)
         if args.block_sizes:
             _print_block_sizes(bench_block_sizes(config, weights, args.threads), args.json)

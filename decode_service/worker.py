@@ -32,7 +32,7 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
     """The whole flow of the process; returns its exit status."""
     # 1. Answer probes, then load.
     await process.begin()
-    replica = await process.load()
+    replica = await process.load(swap_memory_bytes=config.swap_memory)
     if replica is None:
         await process.end()
         return 0

@@ -25,10 +25,21 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: first the block copies (copy-on-write), then one forward pass without padding over all chunks."""
+    """One step: block copies, then one forward pass without padding over all chunks. There may be no chunk.
+
+    Order, and what a device may do at the same time:
+
+    1. swap-outs read their blocks before anything else of this batch writes them: the swap-ins, copies and chunks that
+       the blocks were freed for. When `execute` returns they are complete, because a peer may be told to write there.
+    2. swap-ins follow the swap-outs (both may name one block, or one host block) and may run beside the rest of the
+       batch, which does not touch their blocks. They are complete before anything of the next batch.
+    3. copies (copy-on-write), then the chunks.
+    """
 
     copies: tuple[tuple[int, int], ...]  # (source block id, destination block id)
     chunks: tuple[Chunk, ...]  # decodes first
+    swap_outs: tuple[tuple[int, int], ...] = ()  # (source block id, destination host block id)
+    swap_ins: tuple[tuple[int, int], ...] = ()  # (source host block id, destination block id)
 
     @property
     def num_tokens(self) -> int:

@@ -41,7 +41,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.num_evicted = 0
         self.num_shared = 0  # blocks that more than one request owns
-        self._on_evict: Callable[[int], None] = _forget_nothing
+        self._on_evict: Callable[[int], object] = _forget_nothing
         self._state = [BlockState.FREE] * num_blocks
         self._generation = [0] * num_blocks
         self._request_owners = [0] * num_blocks
@@ -54,8 +54,8 @@ class BlockPool:
         self._newer = list(range(num_blocks + 1))
         self._older = list(range(num_blocks + 1))
 
-    def on_evict(self, forget: Callable[[int], None]) -> None:
-        """Have `forget(block)` called when a cached block is about to be reused."""
+    def on_evict(self, forget: Callable[[int], object]) -> None:
+        """Have `forget(block)` called when a cached block is about to be reused, in place of what was called before."""
         self._on_evict = forget
 
     # ---------------------------------------------------------------- what there is

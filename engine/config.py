@@ -34,6 +34,8 @@ class EngineConfig:
     `vocab_size` bounds the token ids that requests may hold (0: whoever sends them has checked); one id beyond it would
     end the engine, not the request.
     `cache_namespace` keys the prefix cache next to the tenant's salt: model id, digest and adapter.
+    `num_host_blocks` is how many blocks host memory holds for preempted sequences (0: they are always computed again);
+    `host_copy_s` is what copying one of them one way takes (0: so little that swapping always pays).
     """
 
     num_blocks: int
@@ -52,6 +54,8 @@ class EngineConfig:
     estimate_seed: int = 0
     max_held_tokens: int = 65536
     prefill_ageing: float = 0.5
+    num_host_blocks: int = 0
+    host_copy_s: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse a configuration that could not make progress."""
@@ -69,5 +73,7 @@ class EngineConfig:
             raise ConfigInvalid("max_num_batched_tokens", self.max_num_batched_tokens, rule)
         if self.max_held_tokens < 1:
             raise ConfigInvalid("max_held_tokens", self.max_held_tokens, "it must be at least 1")
-        if self.prefill_ageing < 0:
-            raise ConfigInvalid("prefill_ageing", self.prefill_ageing, "it must not be negative")
+        for field in ("prefill_ageing", "num_host_blocks", "host_copy_s"):
+            value = getattr(self, field)
+            if value < 0:
+                raise ConfigInvalid(field, value, "it must not be negative")

@@ -85,7 +85,7 @@ class Engine:
         self._runner = runner
         self._clock = clock
         self._memory = SequenceMemory(
-            config.num_blocks, config.block_size, config.cache_namespace, config.prefix_caching
+            config.num_blocks, config.block_size, config.cache_namespace, config.prefix_caching, config.num_host_blocks
         )
         self._scheduler = Scheduler(config, self._memory, self.counters)
         self._groups: dict[int, Group] = {}
@@ -97,7 +97,6 @@ class Engine:
         self._is_draining = False
         self._num_peer_waits = 0  # steps in which all that waits, waits for a peer: alive, with nothing to compute
         self._step_s = 0.0
-        self._prefill_tokens_per_s = 0.0
 
     def hashed(self, request: EngineRequest) -> EngineRequest:
         """The same request with its prompt hashed for the prefix cache. The one call that any thread may make."""
@@ -130,7 +129,7 @@ class Engine:
     def try_reserve_remote(self, key: int) -> tuple[BlockSlot, ...] | None:
         """Blocks [num_cached_blocks, all) of a promised prompt to fill; None: RemoteReserved follows."""
         group = self._expect(key, "try_reserve_remote", Phase.PROMISED)
-        if self._scheduler.try_reserve(group):
+        if self._scheduler.reserve_at_once(group):
             group.move(Phase.FILLING)
             return self._prompt_slots(group, group.num_held_blocks)
         group.move(Phase.RESERVING)
@@ -208,8 +207,7 @@ class Engine:
         On a decode worker: only for requests that ended while filling; live ones are committed or aborted.
         """
         if is_suspect:
-            for block in self._scheduler.pinned.get(key, ()):
-                self._memory.cache.drop(block)
+            self._scheduler.distrust(key)
         group = self._groups.get(key)
         if group is not None:
             group.expect("release_transfer", *PREFILL_PHASES)
@@ -228,16 +226,18 @@ class Engine:
         plan = self._scheduler.plan()
         self._announce(plan, began)
         num_prompt_tokens = 0
-        if plan.decodes or plan.prompts:
+        if plan.decodes or plan.prompts or plan.is_swapping:
             batch = plan.batch()
             tokens = self._runner.execute(batch)
+            if plan.is_swapping:
+                self._take_swapped(plan)
             self._take_decoded(plan, tokens)
             num_prompt_tokens = self._take_prompts(plan, tokens)
             self._measure(self._clock() - began, len(plan.decodes), num_prompt_tokens)
         elif self._scheduler.remote or self._scheduler.transfers or self._scheduler.pinned:
             self._num_peer_waits += 1
         events, self._events = self._events, []
-        return StepResult(events, len(plan.decodes), num_prompt_tokens)
+        return StepResult(events, len(plan.decodes), num_prompt_tokens, plan.is_swapping)
 
     @property
     def has_work(self) -> bool:
@@ -273,17 +273,20 @@ class Engine:
             num_blocks_free=pool.num_available,
             num_blocks_total=pool.num_blocks,
             draining=self._is_draining,
-            prefill_tokens_per_s=self._prefill_tokens_per_s,
+            prefill_tokens_per_s=scheduler.prefill_tokens_per_s,
             predicted_step_s=self._step_s,
             num_promised=len(scheduler.remote) - num_filling,
             num_filling=num_filling,
             num_held_tokens=scheduler.num_held_tokens,
             num_blocks_in={state.name.lower(): pool.count(state) for state in BlockState},
+            num_swapped=scheduler.num_swapped,
+            num_host_blocks_free=self._memory.host.num_free,
+            num_host_blocks_total=self._memory.host.num_blocks,
         )
 
     def forget_speeds(self) -> None:
         """What was measured so far says nothing of what follows: a first run compiles, starts threads, faults pages."""
-        self._step_s = self._prefill_tokens_per_s = 0.0
+        self._step_s = self._scheduler.prefill_tokens_per_s = 0.0
 
     def drain(self) -> None:
         """Take no new requests; finish what is here."""
@@ -436,6 +439,13 @@ class Engine:
 
     # -------------------------------------------------------------- after the forward pass
 
+    def _take_swapped(self, plan: Plan) -> None:
+        """Blocks that came from the host are complete now, and only now known to the prefix cache."""
+        self.counters.swapped_out_blocks += len(plan.swap_outs)
+        self.counters.swapped_in_blocks += len(plan.swap_ins)
+        for sequence in plan.swapped_in:
+            self._memory.note_filled(sequence)
+
     def _take_decoded(self, plan: Plan, tokens: list[SampledToken]) -> None:
         """Append a token to every decoding sequence. The hot loop: about a microsecond per sequence."""
         events, mask, ended = self._events, self.config.block_size - 1, list[tuple[ScheduledSequence, FinishReason]]()
@@ -541,8 +551,10 @@ class Engine:
         counters.steps += 1
         counters.decode_tokens += num_decode_tokens
         counters.prefill_tokens += num_prompt_tokens
+        if not num_decode_tokens and not num_prompt_tokens:
+            return  # blocks moved, and that says nothing of a forward pass
         self._step_s += (step_s - self._step_s) * (_SMOOTHING if self._step_s else 1.0)
         if num_prompt_tokens and step_s > 0:
-            rate, known = num_prompt_tokens / step_s, self._prefill_tokens_per_s
+            rate, known = num_prompt_tokens / step_s, self._scheduler.prefill_tokens_per_s
             weight = min(0.5, num_prompt_tokens / _SPEED_TOKENS) if known else 1.0
-            self._prefill_tokens_per_s = known + (rate - known) * weight
+            self._scheduler.prefill_tokens_per_s = known + (rate - known) * weight

@@ -22,11 +22,12 @@ _SLOT_BYTES = 8
 class FakeRunner:
     """A Runner whose KV memory is one 8-byte hash per slot, laid out block after block like the real one."""
 
-    def __init__(self, num_blocks: int, block_size: int, vocab_size: int = 64) -> None:
+    def __init__(self, num_blocks: int, block_size: int, vocab_size: int = 64, num_host_blocks: int = 0) -> None:
         self.block_size = block_size
         self.block_bytes = block_size * _SLOT_BYTES
         self.vocab_size = vocab_size
         self.slots = np.zeros((num_blocks, block_size), dtype=np.uint64)
+        self.host_slots = np.zeros((num_host_blocks, block_size), dtype=np.uint64)
         self.num_executed_tokens = 0
 
     def block(self, block_id: int) -> memoryview:
@@ -34,11 +35,15 @@ class FakeRunner:
         return memoryview(self.slots[block_id]).cast("B")
 
     def execute(self, batch: Batch) -> list[SampledToken]:
-        """Copy, check, write, draw."""
+        """Copy, check, write, draw. Swap-ins come as late as a device may bring them: when the chunks have run."""
+        for block, host_block in batch.swap_outs:
+            self.host_slots[host_block] = self.slots[block]
         for source, destination in batch.copies:
             self.slots[destination] = self.slots[source]
         hashes = [self._check(chunk) for chunk in batch.chunks]
         self._write(batch, hashes)
+        for host_block, block in batch.swap_ins:
+            self.slots[block] = self.host_slots[host_block]
         self.num_executed_tokens += batch.num_tokens
         return [
             self._draw(sampler, prefixes[-1])

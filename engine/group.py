@@ -18,6 +18,7 @@ from engine.errors import PhaseConflict
 from engine.messages import EngineRequest, RequestStats
 from engine.prefix_cache import Link
 from engine.request import Sequence
+from engine.swap import SwappedOut
 
 
 class Phase(Enum):
@@ -66,6 +67,7 @@ class ScheduledSequence(Sequence):
     num_slots: int = 0  # slots of the block table
     is_tail_shared: bool = False  # copy the block of the next position before writing it
     max_computed_tokens: int = 0  # high-water mark: computing below it again is recomputation
+    swapped: SwappedOut | None = None  # in place of a block table, while its KV waits in host memory
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -77,6 +79,11 @@ class ScheduledSequence(Sequence):
     def target(self) -> int:
         """Compute up to here before anything is drawn: the prompt if others fork from it, else all known tokens."""
         return self.num_prompt_tokens if self.forks else len(self.token_ids)
+
+    @property
+    def num_tokens_to_target(self) -> int:
+        """Tokens to compute before it draws."""
+        return self.target - (self.num_computed_tokens if self.swapped is None else self.swapped.num_tokens)
 
     @property
     def is_decoding(self) -> bool:

@@ -185,11 +185,12 @@ class StepResult:
     events: list[Event]
     num_decode_tokens: int = 0
     num_prefill_tokens: int = 0
+    is_swapping: bool = False
 
     @property
     def is_idle(self) -> bool:
         """Nothing ran and nothing is to be told."""
-        return not self.events and not self.num_decode_tokens and not self.num_prefill_tokens
+        return not (self.events or self.num_decode_tokens or self.num_prefill_tokens or self.is_swapping)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +210,9 @@ class EngineLoad:
     num_filling: int
     num_held_tokens: int
     num_blocks_in: Mapping[str, int]  # by state of the block pool; they add up to num_blocks_total
+    num_swapped: int  # sequences of those waiting whose KV is kept in host memory
+    num_host_blocks_free: int
+    num_host_blocks_total: int
 
 
 @dataclass(slots=True)
@@ -221,6 +225,10 @@ class EngineCounters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
+    swap_outs: int = 0  # preemptions that kept what was computed
+    swap_ins: int = 0
+    swapped_out_blocks: int = 0  # copied to host memory
+    swapped_in_blocks: int = 0  # copied back
     recomputed_tokens: int = 0
     copied_blocks: int = 0
     evicted_blocks: int = 0

@@ -33,7 +33,7 @@ class PrefixCache:
         self._namespace = namespace
         self._blocks: dict[bytes, int] = {}
         self._links: list[Link | None] = [None] * pool.num_blocks
-        pool.on_evict(self._forget)
+        pool.on_evict(self.forget)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -61,14 +61,19 @@ class PrefixCache:
         """The blocks of the longest known prefix of the chain. Owns nothing: `share` them before allocating."""
         found: list[int] = []
         for link in links:
-            block = self._blocks.get(link.digest)
+            block = self.find(link)
             if block is None:
-                break
-            known = self._links[block]
-            if known is None or known.content != link.content:
                 break
             found.append(block)
         return found
+
+    def find(self, link: Link) -> int | None:
+        """The block that holds this link's content, if one does. A link says its whole prefix."""
+        block = self._blocks.get(link.digest)
+        if block is None:
+            return None
+        known = self._links[block]
+        return block if known is not None and known.content == link.content else None
 
     def insert(self, link: Link, block: int) -> None:
         """Let `block`, whose content is complete, be found by `link`; a block that is known already stays."""
@@ -78,11 +83,20 @@ class PrefixCache:
         self._links[block] = link
         self._pool.keep(block)
 
-    def drop(self, block: int) -> None:
-        """Never serve an owned block's content again, if it is known here: nobody can trust it."""
-        if self._links[block] is not None:
-            self._forget(block)
-            self._pool.unkeep(block)
+    def drop(self, block: int) -> Link | None:
+        """Never serve an owned block's content again, if it is known here: nobody can trust it. Returns its link."""
+        if self._links[block] is None:
+            return None
+        self._pool.unkeep(block)
+        return self.forget(block)
+
+    def forget(self, block: int) -> Link:
+        """The pool takes a known block for other content. Returns its link."""
+        link = self._links[block]
+        assert link is not None, f"block {block} was cached without a link"
+        del self._blocks[link.digest]
+        self._links[block] = None
+        return link
 
     def check(self) -> None:
         """Assert that both directions agree and that every entry is kept by the pool."""
@@ -91,9 +105,3 @@ class PrefixCache:
             assert link is not None
             assert link.digest == digest
         assert len(self._blocks) == sum(link is not None for link in self._links)
-
-    def _forget(self, block: int) -> None:
-        link = self._links[block]
-        assert link is not None, f"block {block} was cached without a link"
-        del self._blocks[link.digest]
-        self._links[block] = None

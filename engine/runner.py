@@ -17,6 +17,7 @@ from engine.models.rope import RopeTable
 from engine.models.weights import SourceTensor
 from engine.packing import pack_step, sample_rows, sampled_token
 from engine.request import SampledToken
+from engine.swap_memory import SwapMemory
 from modelfiles.config import ModelConfig
 
 DTYPES = ("float32", "bfloat16")
@@ -42,6 +43,7 @@ class ModelRunner:
         num_threads: int = 1,
         dtype: str = "float32",
         packed: PackedRegion | None = None,
+        swap: SwapMemory | None = None,
     ) -> None:
         """Native kernels use the `packed` weights, or pack `weights` for this process alone. Raises: RunnerError."""
         if dtype not in DTYPES:
@@ -51,6 +53,7 @@ class ModelRunner:
             raise RunnerError(f"KV memory has {kv.shape}, the model needs {expected}")
         self._config = config
         self._kv = kv
+        self._swap = swap
         self._rope = RopeTable(config)
         self._backend = _make_backend(
             config, weights, kv, self._rope, kernels, deterministic, num_threads, dtype, packed
@@ -58,6 +61,8 @@ class ModelRunner:
 
     def execute(self, batch: Batch) -> list[SampledToken]:
         """Copy blocks, run one forward pass over all chunks, draw one token per sampler."""
+        if self._swap is not None:
+            self._swap.start(batch.swap_outs, batch.swap_ins)
         for source, destination in batch.copies:
             self._kv.copy_block(source, destination)
         if not batch.chunks:

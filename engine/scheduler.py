@@ -1,12 +1,14 @@
 """What runs in the next step, and who waits for memory? Iteration-level continuous batching; no torch, no I/O.
 
 One plan, in this order:
-  1. decodes, one token each; if memory is short, the running sequence that loses least is preempted by recompute
+  1. decodes, one token each; if memory is short, the running sequence that loses least is preempted: what it computed
+     is swapped to host memory, or computed again (engine/swap.py)
   2. remote prefills whose prefill worker is ready get the blocks they wait for, oldest first
   3. prompts already begun: local ones, then those for transfers that have credit, by deadline
   4. waiting requests, in order of arrival, while admission says that all will fit until they end
 
-Nobody overtakes a request that waits for memory, so none starves. A preempted sequence keeps its place by arrival.
+Nobody overtakes a request that waits for memory, so none starves. A preempted sequence keeps its place by arrival. One
+that was swapped out comes back in two steps: the first brings its blocks, beside whatever it computes for others.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from engine.policy import make_policy
 from engine.queues import PromptQueue, WaitingQueue
 from engine.request import empty_table
 from engine.sequence_memory import SequenceMemory
+from engine.swap import is_swap_cheaper
 
 # Steps until a refused request is looked at again when nobody ended meanwhile: estimates drift, memory does not grow
 # by itself.
@@ -41,10 +44,18 @@ class Plan:
     decodes: list[ScheduledSequence] = field(default_factory=list[ScheduledSequence])
     prompts: list[tuple[ScheduledSequence, int]] = field(default_factory=list[tuple[ScheduledSequence, int]])
     copies: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    swap_outs: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    swap_ins: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
     admitted: list[ScheduledSequence] = field(default_factory=list[ScheduledSequence])
+    swapped_in: list[ScheduledSequence] = field(default_factory=list[ScheduledSequence])  # they run from the next step
     reserved: list[Group] = field(default_factory=list[Group])
     promised: list[Group] = field(default_factory=list[Group])
     started: list[Group] = field(default_factory=list[Group])
+
+    @property
+    def is_swapping(self) -> bool:
+        """Blocks move, or a sequence that found all of them cached runs from the next step on."""
+        return bool(self.swap_outs or self.swap_ins or self.swapped_in)
 
     def batch(self) -> Batch:
         """What the runner is to compute: decodes first."""
@@ -52,7 +63,7 @@ class Plan:
         for sequence, end in self.prompts:
             start = sequence.num_computed_tokens
             chunks.append(Chunk(sequence, start, end - start, samplers_at(sequence, end)))
-        return Batch(tuple(self.copies), tuple(chunks))
+        return Batch(tuple(self.copies), tuple(chunks), tuple(self.swap_outs), tuple(self.swap_ins))
 
 
 def samplers_at(sequence: ScheduledSequence, end: int) -> tuple[ScheduledSequence, ...]:
@@ -84,6 +95,7 @@ class Scheduler:
         self.transfers = holders.transfers  # prompts being prefilled for others, by key
         self.pinned = holders.pinned  # blocks that a transfer owns, by key; may outlive the request
         self.estimator = make_estimator(config)
+        self.prefill_tokens_per_s = 0.0  # as the engine measured it; 0 while unknown
         self._config = config
         self._memory = memory
         self._pool = memory.pool
@@ -124,9 +136,9 @@ class Scheduler:
         """The leader goes before its prompt is computed: its first fork takes its place, memory and all."""
         heir, *rest = leader.forks
         heir.forks, leader.forks = rest, []
-        for name in ("block_table", "num_computed_tokens", "num_filled_blocks", "num_slots", "links"):
+        for name in ("block_table", "num_computed_tokens", "num_filled_blocks", "num_slots", "links", "swapped"):
             setattr(heir, name, getattr(leader, name))
-        leader.block_table = empty_table()
+        leader.block_table, leader.swapped = empty_table(), None
         if self.prefilling.pop(leader.sequence_id, None) is not None:
             self.prefilling[heir.sequence_id] = heir
         if leader in self._waiting:
@@ -135,11 +147,14 @@ class Scheduler:
 
     def remove(self, sequence: ScheduledSequence) -> None:
         """Take a sequence out of every queue and give its blocks back."""
+        self._leave(sequence)
+        self._memory.drop(sequence)
+        self.note_change()
+
+    def _leave(self, sequence: ScheduledSequence) -> None:
         self._waiting.discard(sequence)
         self.decoding.pop(sequence.sequence_id, None)
         self.prefilling.pop(sequence.sequence_id, None)
-        self._memory.drop(sequence)
-        self.note_change()
 
     def remove_group(self, group: Group) -> None:
         """Forget a request whose sequences are removed."""
@@ -174,7 +189,12 @@ class Scheduler:
         """Tokens yet to be computed before everyone here decodes."""
         begun = (*self._waiting.sequences, *self.prefilling.values())
         leaders = [group.leader for group in (*self._prompts.groups, *self.transfers.values())]
-        return sum(sequence.target - sequence.num_computed_tokens for sequence in (*begun, *leaders))
+        return sum(sequence.num_tokens_to_target for sequence in (*begun, *leaders))
+
+    @property
+    def num_swapped(self) -> int:
+        """Sequences that wait with their KV in host memory."""
+        return sum(sequence.swapped is not None for sequence in self._waiting.sequences)
 
     @property
     def num_filling(self) -> int:
@@ -190,6 +210,7 @@ class Scheduler:
     def plan(self) -> Plan:
         """Decide one step and give out the memory it needs."""
         plan = Plan(self._config.max_num_batched_tokens)
+        self._memory.host.settle()
         if self._num_reserve_refusals > RESERVE_PATIENCE_STEPS:
             self._preempt_one()
         if self.decoding:
@@ -202,8 +223,9 @@ class Scheduler:
         self._plan_transfers(plan)
         if self._waiting:
             self._admit(plan)
-        if self.prefilling and not plan.decodes and not plan.prompts:
+        if self.prefilling and not plan.decodes and not plan.prompts and not plan.swapped_in:
             self._preempt_one()  # logs of forks wait for each other's blocks
+        plan.swap_outs, plan.swap_ins = self._memory.take_copies()
         return plan
 
     def _plan_decodes(self, plan: Plan) -> None:
@@ -254,7 +276,7 @@ class Scheduler:
     # ---------------------------------------------------------------- preemption
 
     def _preempt_one(self) -> bool:
-        """Drop the running sequence that loses least; False if none may go.
+        """Take the running sequence that loses least off the device; False if none may go.
 
         The last one only makes room for transfers that wait for blocks, else it waits for those that hold them to end.
         """
@@ -263,14 +285,46 @@ class Scheduler:
             return False
         victim = min(running, key=lambda each: (self._memory.num_lost_tokens(each), -each.group.arrival, -each.choice))
         victim.max_computed_tokens = max(victim.max_computed_tokens, victim.num_computed_tokens)
-        self.remove(victim)
+        self._leave(victim)
+        if not self._swap_out(victim):
+            self._memory.drop(victim)
         victim.group.stats.num_preemptions += 1
         self._counters.preemptions += 1
         self.enqueue(victim)
         self._refused_for = RETRY_STEPS  # else it would come straight back into the memory it was dropped for
         return True
 
+    def _swap_out(self, victim: ScheduledSequence) -> bool:
+        """Keep what the victim computed, if host memory has room and that is cheaper than computing it again."""
+        if not self._config.num_host_blocks or not victim.num_computed_tokens:
+            return False
+        num_lost = self._memory.num_lost_tokens(victim)
+        num_copied, copy_s = self._memory.blocks_for(num_lost), self._config.host_copy_s
+        is_wanted = is_swap_cheaper(num_lost, num_copied, self.prefill_tokens_per_s, copy_s)
+        if not is_wanted or not self._memory.swap_out(victim):
+            return False
+        self._counters.swap_outs += 1
+        return True
+
+    def distrust(self, key: int) -> None:
+        """The blocks of a transfer are not what was announced: nobody finds them again, and who waits for their
+        content in host memory or the cache computes it anew.
+        """
+        for block in self.pinned.get(key, ()):
+            link = self._memory.cache.drop(block)
+            for each in self._waiting.sequences if link is not None else ():
+                if each.swapped is not None and link in each.swapped.cached.values():
+                    self._memory.drop(each)
+
     # ---------------------------------------------------------------- remote prefill, decode side
+
+    def reserve_at_once(self, group: Group) -> bool:
+        """`try_reserve` between two steps, when no block can be given away that must first be copied to the host."""
+        num_needed = self._memory.num_needed(group.leader, group.leader.num_prompt_tokens)
+        if self._memory.must_save_first(num_needed):
+            self._reserving[group.key] = group
+            return False
+        return self.try_reserve(group)
 
     def try_reserve(self, group: Group) -> bool:
         """Give a promised prompt all its blocks, or let it wait for them behind those that wait already."""
@@ -386,6 +440,9 @@ class Scheduler:
                 self._refused_for = RETRY_STEPS
                 return
             self._waiting.discard(sequence)
+            if sequence.swapped is not None:
+                self._swap_in(plan, sequence)
+                continue
             self._memory.take_prefix(sequence, matched)
             if is_promise:
                 self._promise(sequence.group, len(matched))
@@ -395,6 +452,13 @@ class Scheduler:
                 self.prefilling[sequence.sequence_id] = sequence
                 plan.admitted.append(sequence)
                 self._plan_prompt(plan, sequence, sequence.target)
+
+    def _swap_in(self, plan: Plan, sequence: ScheduledSequence) -> None:
+        self._memory.swap_in(sequence)
+        self._memory.grow(sequence, sequence.target)
+        self.join(sequence)
+        plan.swapped_in.append(sequence)
+        self._counters.swap_ins += 1
 
     def _promise(self, group: Group, num_held_blocks: int) -> None:
         group.num_held_blocks = num_held_blocks

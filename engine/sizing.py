@@ -15,6 +15,9 @@ from pathlib import Path
 RESERVE_BYTES = 512 * 1024**2
 """For Python, torch, gRPC and activations: a worker without model measured about 400 MB."""
 
+SWAP_FRACTION = 0.25
+"""Of a host's memory, what its workers may pin for preempted sequences."""
+
 
 @dataclass(frozen=True, slots=True)
 class HostLimits:
@@ -84,6 +87,39 @@ def derive_kv_size(
     if max_blocks is not None and blocks > max_blocks:
         blocks = max_blocks
         explanation += f", capped at {max_blocks}: more could never be used"
+    return KVSize(blocks, blocks * block_bytes, explanation)
+
+
+def derive_swap_size(
+    limits: HostLimits,
+    *,
+    block_bytes: int,
+    max_blocks: int,
+    is_device_apart: bool,
+    workers_on_host: int = 1,
+    requested_bytes: int | None = None,
+) -> KVSize:
+    """Host blocks for preempted sequences of one worker. None by default where the KV is in host memory itself.
+
+    On a device with memory of its own the default is a share of the host's, at most as much as the device's KV. It is
+    pinned, so it is a small share: the system can take nothing of it back.
+    """
+    if requested_bytes is not None:
+        budget = requested_bytes
+        explanation = f"asked for {_mib(requested_bytes)}"
+    elif is_device_apart:
+        budget = int(min(limits.memory_bytes, limits.available_bytes) * SWAP_FRACTION) // max(1, workers_on_host)
+        explanation = (
+            f"min(limit {_mib(limits.memory_bytes)}, available {_mib(limits.available_bytes)}) * {SWAP_FRACTION} / "
+            f"{max(1, workers_on_host)} workers = {_mib(budget)}"
+        )
+    else:
+        return KVSize(0, 0, "none: KV is in host memory already")
+    blocks = budget // block_bytes
+    explanation += f"; / {block_bytes} bytes per block = {blocks} blocks"
+    if requested_bytes is None and blocks > max_blocks:
+        blocks = max_blocks
+        explanation += f", capped at {max_blocks}: as many as the device has"
     return KVSize(blocks, blocks * block_bytes, explanation)
 
 

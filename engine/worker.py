@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from engine.loading.region import PackedRegion
     from engine.runner import ModelRunner
     from engine.sizing import HostLimits
+    from engine.swap_memory import SwapMemory
     from modelfiles.config import ModelConfig
     from modelfiles.weights import Weights
 
@@ -66,6 +67,7 @@ class ReplicaSpec:
     max_model_len: int = 0
     num_threads: int = 0
     kv_memory_bytes: int | None = None
+    swap_memory_bytes: int | None = 0  # host memory for preempted sequences; 0: none
     block_size: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -150,11 +152,11 @@ def load_replica(spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
     packed = None
     if dispatch.kernels is Kernels.NATIVE:
         packed = _open_packed(config, weights, spec.dtype, digest, partial(on_progress, LoadPhase.LOAD_WEIGHTS))
-    runner, kv = _make_runner(spec, dispatch, config, weights, packed, limits, num_threads)
+    runner, kv, swap = _make_runner(spec, dispatch, config, weights, packed, limits, num_threads)
 
     on_progress(LoadPhase.WARMUP, 0.0)
     max_model_len = _max_model_len(spec, config)
-    engine = _make_engine(spec, config, runner, kv.num_blocks, max_model_len, digest)
+    engine = _make_engine(spec, config, runner, kv.num_blocks, swap, max_model_len, digest)
     _warm_up(engine, min(max_model_len, spec.max_num_batched_tokens))
     identity = _identify(spec, dispatch, kv, digest, runner.numerics_fingerprint(), max_model_len)
     on_progress(LoadPhase.WARMUP, 1.0)
@@ -204,8 +206,8 @@ def _make_runner(
     packed: PackedRegion | None,
     limits: HostLimits,
     num_threads: int,
-) -> tuple[ModelRunner, KVMemory]:
-    """KV memory that fits beside the weights, and what runs batches over both."""
+) -> tuple[ModelRunner, KVMemory, SwapMemory | None]:
+    """KV memory that fits beside the weights, what runs batches over both, and host memory for preempted sequences."""
     from engine import sizing
     from engine.kv_memory import KVMemory
     from engine.runner import ModelRunner, kv_dtype, kv_shape
@@ -224,6 +226,7 @@ def _make_runner(
     )
     log.info("KV memory: %s", size.explanation, extra={"num_threads": num_threads})
     kv = KVMemory(shape, size.num_blocks)
+    swap = _make_swap(spec, kv, limits)
     runner = ModelRunner(
         config,
         weights,
@@ -233,12 +236,40 @@ def _make_runner(
         num_threads=num_threads,
         dtype=spec.dtype,
         packed=packed,
+        swap=swap,
     )
-    return runner, kv
+    return runner, kv, swap
+
+
+def _make_swap(spec: ReplicaSpec, kv: KVMemory, limits: HostLimits) -> SwapMemory | None:
+    from engine import sizing
+    from engine.swap_memory import SwapMemory
+
+    size = sizing.derive_swap_size(
+        limits,
+        block_bytes=kv.block_bytes,
+        max_blocks=kv.num_blocks,
+        is_device_apart=kv.tensor.is_cuda,
+        workers_on_host=spec.workers_on_host,
+        requested_bytes=spec.swap_memory_bytes,
+    )
+    log.info("swap memory: %s", size.explanation)
+    if size.num_blocks:
+        return SwapMemory(kv.tensor, size.num_blocks)
+    if spec.swap_memory_bytes:
+        rule = f"it does not hold one block of {kv.block_bytes} bytes; 0 means none"
+        raise ConfigInvalid("swap_memory", spec.swap_memory_bytes, rule)
+    return None
 
 
 def _make_engine(
-    spec: ReplicaSpec, config: ModelConfig, runner: Runner, num_blocks: int, max_model_len: int, digest: str
+    spec: ReplicaSpec,
+    config: ModelConfig,
+    runner: Runner,
+    num_blocks: int,
+    swap: SwapMemory | None,
+    max_model_len: int,
+    digest: str,
 ) -> Engine:
     from engine.engine import Engine
 
@@ -253,6 +284,8 @@ def _make_engine(
         prefix_caching=spec.prefix_caching,
         cache_namespace=digest.encode(),
         max_held_tokens=spec.max_held_tokens,
+        num_host_blocks=swap.num_blocks if swap else 0,
+        host_copy_s=swap.measure_copy_s() if swap else 0.0,
     )
     return Engine(engine_config, runner)
 

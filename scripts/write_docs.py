@@ -104,7 +104,9 @@ def _worker_registries() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for process, queues in (("prefill", PrefillQueueMetrics), ("decode", DecodeQueueMetrics)):
         metrics = Metrics("m", f"{process}-0")
-        facts: Any = types.SimpleNamespace(block_size=16, num_blocks=1, kv_dtype="", kernels="", device="")
+        facts: Any = types.SimpleNamespace(
+            block_size=16, block_bytes=0, num_blocks=1, kv_dtype="", kernels="", device=""
+        )
         EngineMetrics(metrics, facts)
         queues(metrics)
         count_startup(metrics, {})

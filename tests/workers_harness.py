@@ -71,7 +71,8 @@ class FakeModel:
     overrides: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def __call__(self, spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
-        runner = _SlowRunner(self.num_blocks, BLOCK_SIZE, self.step_s)
+        num_host_blocks = self.overrides.get("num_host_blocks", 0)
+        runner = _SlowRunner(self.num_blocks, BLOCK_SIZE, self.step_s, num_host_blocks)
         kv = FakeKV(self.num_blocks, runner.block_bytes)
         runner.slots = np.frombuffer(kv.buffer, dtype=np.uint64).reshape(self.num_blocks, BLOCK_SIZE)
         config = EngineConfig(
@@ -101,8 +102,8 @@ class FakeModel:
 
 
 class _SlowRunner(FakeRunner):
-    def __init__(self, num_blocks: int, block_size: int, step_s: float) -> None:
-        super().__init__(num_blocks, block_size)
+    def __init__(self, num_blocks: int, block_size: int, step_s: float, num_host_blocks: int) -> None:
+        super().__init__(num_blocks, block_size, num_host_blocks=num_host_blocks)
         self._step_s = step_s
 
     def execute(self, batch: Any) -> Any:

@@ -15,7 +15,7 @@ from servicekit.config import ConfigError, option, parse_address, parse_bytes, p
 from servicekit.lifecycle import read_secret
 
 
-def _bytes_or_auto(text: str) -> int | None:
+def bytes_or_auto(text: str) -> int | None:
     return None if text == "auto" else parse_bytes(text)
 
 
@@ -80,7 +80,7 @@ class WorkerConfig(RegistryConfig):
     # how much
     threads: int = option(0, help="threads of the runner; 0: what this process may use", minimum=0, maximum=1024)
     kv_memory: int | None = option(
-        None, help="bytes of KV memory, or auto", parse=_bytes_or_auto, metavar="BYTES|auto", minimum=1
+        None, help="bytes of KV memory, or auto", parse=bytes_or_auto, metavar="BYTES|auto", minimum=1
     )
     workers_on_host: int = option(1, help="workers that share this host's memory and cores", minimum=1, maximum=1024)
     block_size: int = option(16, help="tokens per KV block", minimum=1, maximum=1024, check=power_of_two)

@@ -35,6 +35,12 @@ class LoadFacts(Protocol):
     def num_blocks_in(self) -> Mapping[str, int]: ...
     @property
     def prefill_tokens_per_s(self) -> float: ...
+    @property
+    def num_swapped(self) -> int: ...
+    @property
+    def num_host_blocks_free(self) -> int: ...
+    @property
+    def num_host_blocks_total(self) -> int: ...
 
 
 class CounterFacts(Protocol):
@@ -44,6 +50,10 @@ class CounterFacts(Protocol):
     prompt_tokens: int
     cached_tokens: int
     preemptions: int
+    swap_outs: int
+    swap_ins: int
+    swapped_out_blocks: int
+    swapped_in_blocks: int
     recomputed_tokens: int
     copied_blocks: int
     evicted_blocks: int
@@ -68,6 +78,8 @@ class ReplicaFacts(Protocol):
     @property
     def block_size(self) -> int: ...
     @property
+    def block_bytes(self) -> int: ...
+    @property
     def num_blocks(self) -> int: ...
     @property
     def kv_dtype(self) -> str: ...
@@ -89,6 +101,10 @@ class EngineMetrics:
             "preemptions": metrics.vllm_counter("num_preemptions", "Sequences preempted."),
             "cached_tokens": metrics.vllm_counter("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
             "steps": metrics.counter("baton_engine_steps", "Engine steps."),
+            "swap_outs": metrics.counter("baton_swap_outs", "Preemptions that kept the KV, in cache or host memory."),
+            "swap_ins": metrics.counter("baton_swap_ins", "Sequences that came back with the KV that was kept."),
+            "swapped_out_blocks": metrics.counter("baton_swapped_out_blocks", "Blocks copied to host memory."),
+            "swapped_in_blocks": metrics.counter("baton_swapped_in_blocks", "Blocks copied back from host memory."),
             "recomputed_tokens": metrics.counter("baton_recomputed_tokens", "Tokens computed again after preemption."),
             "copied_blocks": metrics.counter("baton_copied_blocks", "Blocks copied on write."),
             "evicted_blocks": metrics.counter("baton_evicted_blocks", "Cached blocks evicted."),
@@ -112,6 +128,12 @@ class EngineMetrics:
         self._blocks = metrics.gauge(
             "baton_kv_blocks", "KV blocks by state; at rest all are free or cached.", ("state",)
         )
+        self._swapped = metrics.gauge("baton_swapped_sequences", "Of those waiting, sequences whose KV was kept.")
+        self._host_blocks = metrics.gauge(
+            "baton_host_blocks", "Host blocks for preempted sequences by state; at rest all are free.", ("state",)
+        )
+        self._block_bytes = replica.block_bytes
+        self._swapped_bytes = metrics.counter("baton_swapped_bytes", "KV copied to and from the host.", ("direction",))
         self._waiting_tokens = metrics.gauge("baton_waiting_tokens", "Prompt tokens still to prefill.")
         info = metrics.gauge(
             "vllm:cache_config_info", "KV cache configuration.", ("block_size", "num_gpu_blocks", "cache_dtype")
@@ -153,6 +175,13 @@ class EngineMetrics:
         self._usage.set(1.0 - load.num_blocks_free / max(1, load.num_blocks_total))
         for state, count in load.num_blocks_in.items():
             self._blocks.labels(state=state).set(count)
+        self._swapped.set(load.num_swapped)
+        self._host_blocks.labels(state="free").set(load.num_host_blocks_free)
+        self._host_blocks.labels(state="used").set(load.num_host_blocks_total - load.num_host_blocks_free)
+        for direction in ("out", "in"):
+            name = f"swapped_{direction}_blocks"
+            num_new = getattr(counters, name) - self._told[name]
+            self._swapped_bytes.labels(direction=direction).inc(max(0, num_new) * self._block_bytes)
         self._speed.set(load.prefill_tokens_per_s)
         self._waiting_tokens.set(load.num_waiting_tokens)
         self._queries.inc(max(0, counters.prompt_tokens - self._told["prompt_tokens"]))

@@ -65,17 +65,17 @@ def expected(tiny_llama: Path) -> Answers:
 
 
 @pytest.mark.parametrize(
-    ("num_prefill", "transport", "has_cache"),
-    [(0, "shm", True), (1, "shm", True), (1, "grpc", False)],
-    ids=["colocated-cache", "shm-cache", "grpc-no-cache"],
+    ("num_prefill", "transport", "has_cache", "swap_memory"),
+    [(0, "shm", True, "0"), (1, "shm", True, "0"), (1, "grpc", False, "0"), (1, "shm", True, "4MiB")],
+    ids=["colocated-cache", "shm-cache", "grpc-no-cache", "shm-cache-swap"],
 )
 def test_tiny_memory_changes_no_bit(
-    tiny_llama: Path, expected: Answers, num_prefill: int, transport: str, has_cache: bool
+    tiny_llama: Path, expected: Answers, num_prefill: int, transport: str, has_cache: bool, swap_memory: str
 ) -> None:
     with running_service(
         prefill=num_prefill, decode=1, disaggregation="Always" if num_prefill else "Never", deterministic=True,
         num_threads=1, model=str(tiny_llama), kv_memory=TIGHT, engine=ENGINE | {"prefixCaching": has_cache},
-        environ={"BATON_TRANSPORTS": transport},
+        environ={"BATON_TRANSPORTS": transport, "BATON_SWAP_MEMORY": swap_memory},
     ) as service:  # fmt: skip
         asyncio.run(teach_short_outputs(service))
         for _ in range(2):  # the second time the cache knows the prompts
@@ -83,6 +83,10 @@ def test_tiny_memory_changes_no_bit(
         census.at_rest(service)
         assert census.total(service, "vllm:num_preemptions_total", role="decode") > 0
         assert census.total(service, "baton_copied_blocks_total", role="decode") > 0
+        swapped = census.total(service, "baton_swapped_in_blocks_total", role="decode")
+        assert (swapped > 0) == (swap_memory != "0")
+        assert census.total(service, "baton_swap_ins_total") == census.total(service, "baton_swap_outs_total")
+        assert census.total(service, "baton_host_blocks", state="used") == 0
         assert (census.total(service, "vllm:prefix_cache_hits_total", role="decode") > 0) == has_cache
         handed_over = census.total(service, "baton_transfers_total", transport=transport, outcome="committed")
         assert (handed_over > 0) == (num_prefill > 0)

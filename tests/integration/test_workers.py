@@ -344,13 +344,14 @@ async def test_an_engine_that_fails_ends_every_attempt_for_replay_elsewhere_and_
         assert not d.process.health.is_live
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(("seed", "num_host_blocks"), [(1, 0), (2, 0), (3, 0), (4, 200)])
 async def test_a_crowd_in_tiny_pools_gets_its_tokens_or_its_cancel_and_leaves_nothing(
-    workers: Workers, seed: int
+    workers: Workers, seed: int, num_host_blocks: int
 ) -> None:
     """Pools that hold a fraction of what is asked for: promises, reservations and preemptions in every order."""
     rng = random.Random(seed)
-    tiny = FakeModel(num_blocks=40, max_num_seqs=6)
+    swap = {"num_host_blocks": num_host_blocks, "constant_estimate": 2} if num_host_blocks else {}
+    tiny = FakeModel(num_blocks=40, max_num_seqs=6, overrides=swap)
     first, second = await workers.prefill(tiny), await workers.prefill(tiny, transports=("grpc",))
     d, calm = await workers.decode(tiny), await workers.decode(FakeModel(num_blocks=512))
 
@@ -375,6 +376,9 @@ async def test_a_crowd_in_tiny_pools_gets_its_tokens_or_its_cancel_and_leaves_no
         await asyncio.gather(*(one(number) for number in range(40)))
     assert d.metric("baton_placements_total", path="remote", reason="policy_always") > 10
     await at_baseline(first, second, d)
+    d.process.refresh_metrics()
+    assert (d.metric("baton_swap_outs_total") > 0) == (num_host_blocks > 0)
+    assert d.metric("baton_host_blocks", state="used") == d.metric("baton_swapped_sequences") == 0
 
 
 VLLM_NAMES = {

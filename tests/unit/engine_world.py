@@ -54,7 +54,7 @@ class FakeClock:
 def make_engine(clock: FakeClock | None = None, **changes: object) -> tuple[Engine, FakeRunner]:
     """An engine and its fake runner."""
     config = make_config(**changes)
-    runner = FakeRunner(config.num_blocks, config.block_size, VOCAB_SIZE)
+    runner = FakeRunner(config.num_blocks, config.block_size, VOCAB_SIZE, config.num_host_blocks)
     return Engine(config, runner, clock or FakeClock()), runner
 
 
@@ -292,3 +292,5 @@ class World:
             load = engine.load()
             assert load.num_blocks_free == load.num_blocks_total, "an idle engine holds blocks"
             assert (load.num_running, load.num_waiting, load.num_promised, load.num_filling) == (0, 0, 0, 0)
+            assert load.num_host_blocks_free == load.num_host_blocks_total, "an idle engine holds host blocks"
+            assert load.num_swapped == 0

@@ -339,6 +339,14 @@ def test_load_tells_what_waits_and_runs():
 
 VARIANTS: dict[str, dict[str, object]] = {
     "tiny pool": {"num_blocks": 12, "constant_estimate": 1},
+    "tiny pool, swapped": {"num_blocks": 12, "constant_estimate": 1, "num_host_blocks": 64},
+    "tiny pool, some swapped": {"num_blocks": 12, "constant_estimate": 1, "num_host_blocks": 5},
+    "tiny pool, swapped uncached": {
+        "num_blocks": 12,
+        "constant_estimate": 1,
+        "num_host_blocks": 64,
+        "prefix_caching": False,
+    },
     "small chunks": {"chunk_size": 4},
     "big chunks": {"chunk_size": 16},
     "no prefix cache": {"prefix_caching": False},
@@ -358,9 +366,11 @@ def test_outputs_do_not_depend_on(name: str):
         world.add(prompt, SamplingParams(max_tokens=10, seed=seed), dict.fromkeys(range(1 + seed % 3), 0))
     world.settle()
     assert all(client.finished == set(client.expected) for client in world.clients.values())
-    if name == "tiny pool":
-        assert world.decode.counters.preemptions > 0
-        assert world.decode.counters.copied_blocks > 0
+    counters = world.decode.counters
+    if name.startswith("tiny pool"):
+        assert counters.preemptions > 0
+        assert counters.copied_blocks > 0
+        assert (counters.swapped_in_blocks > 0) == ("swapped" in name)
 
 
 @pytest.mark.parametrize("cut", range(10))

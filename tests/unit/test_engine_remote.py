@@ -367,6 +367,7 @@ class TwoEngines(RuleBasedStateMachine):
         chunk_size=st.sampled_from([4, 8, 16]),
         max_num_seqs=st.sampled_from([3, 8]),
         max_held_tokens=st.sampled_from([24, 1000]),
+        num_host_blocks=st.sampled_from([0, 4, 64]),
     )
     def begin(
         self,
@@ -376,10 +377,12 @@ class TwoEngines(RuleBasedStateMachine):
         chunk_size: int,
         max_num_seqs: int,
         max_held_tokens: int,
+        num_host_blocks: int,
     ) -> None:
+        swap = {"num_host_blocks": num_host_blocks}
         common = {"max_model_len": 32, "prefix_caching": prefix_caching, "chunk_size": chunk_size}
         self.world = World(
-            {**common, "num_blocks": num_blocks, "max_num_seqs": max_num_seqs, "constant_estimate": 2},
+            {**common, **swap, "num_blocks": num_blocks, "max_num_seqs": max_num_seqs, "constant_estimate": 2},
             {**common, "num_blocks": num_prefill_blocks, "max_held_tokens": max_held_tokens},
         )
 

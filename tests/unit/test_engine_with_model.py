@@ -24,6 +24,7 @@ from engine.messages import (
 )
 from engine.request import SamplingParams
 from engine.runner import ModelRunner, kv_shape
+from engine.swap_memory import SwapMemory
 from modelfiles.read_config import load_config
 from modelfiles.weights import open_weights
 
@@ -64,7 +65,8 @@ class Rig:
         settings = EngineConfig(num_blocks=num_blocks, **{**values, **changes})  # pyright: ignore[reportArgumentType]
         self.kv = KVMemory(kv_shape(config, settings.block_size), num_blocks)
         self.kv.tensor.fill_(float("nan"))
-        runner = ModelRunner(config, open_weights(path), self.kv, deterministic=True, num_threads=1)
+        swap = SwapMemory(self.kv.tensor, settings.num_host_blocks) if settings.num_host_blocks else None
+        runner = ModelRunner(config, open_weights(path), self.kv, deterministic=True, num_threads=1, swap=swap)
         self.engine = Engine(settings, runner)
         self.destinations: dict[int, dict[int, BlockSlot]] = {}
 
@@ -122,6 +124,19 @@ def test_no_schedule_changes_a_token_or_a_logprob(tiny_llama: Path, alone: Outpu
         again = rig.serve(requests())
         assert again == alone, "the second time most of it comes from the prefix cache"
         assert rig.engine.counters.cached_tokens > 0
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_swapping_to_host_memory_changes_no_bit_and_computes_nothing_again(
+    tiny_llama: Path, alone: Outputs, prefix_caching: bool
+):
+    rig = Rig(tiny_llama, 20, constant_estimate=1, prefix_caching=prefix_caching, num_host_blocks=200)
+    for _ in range(2):  # the second time the cache, if there is one, knows the prompts
+        assert rig.serve(requests()) == alone
+    counters = rig.engine.counters
+    assert counters.swap_outs == counters.swap_ins > 0
+    assert counters.swapped_in_blocks > 0
+    assert counters.recomputed_tokens == 0
 
 
 @pytest.mark.parametrize("cut", [1, 7, 8, 17])

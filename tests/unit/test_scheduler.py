@@ -195,14 +195,16 @@ def test_the_only_running_sequence_is_never_preempted_for_itself():
     assert engine.counters.preemptions == 0
 
 
-def test_logs_of_forks_that_wait_for_each_others_blocks_come_free():
+@pytest.mark.parametrize("num_host_blocks", [0, 16])
+def test_logs_of_forks_that_wait_for_each_others_blocks_come_free(num_host_blocks: int):
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "chunk_size": 4, "num_blocks": 5, "max_model_len": 20}
-    engine, _ = make_engine(prefix_caching=False, **limits)
+    engine, _ = make_engine(prefix_caching=False, num_host_blocks=num_host_blocks, **limits)
     starts = tuple(ChoiceStart(choice, tuple([3] * 12)) for choice in range(3))
     engine.match(EngineRequest(1, "r", (1, 2, 3, 4, 5, 6), SamplingParams(max_tokens=13, ignore_eos=True), starts))
     engine.start_local(1)
     assert len(run_out(engine)) == 3
     assert engine.counters.preemptions > 0
+    assert (engine.counters.recomputed_tokens == 0) == (num_host_blocks > 0)
 
 
 def test_a_promise_does_not_overtake_an_older_request_that_waits_for_memory():

@@ -11,6 +11,7 @@ from engine.sizing import (
     HostLimits,
     MemoryTooSmall,
     derive_kv_size,
+    derive_swap_size,
     derive_threads,
     read_host_limits,
 )
@@ -120,3 +121,24 @@ def test_too_little_memory_is_refused_with_the_arithmetic() -> None:
 @pytest.mark.parametrize(("cpus", "workers", "threads"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])
 def test_processors_are_shared(cpus: int, workers: int, threads: int) -> None:
     assert derive_threads(HostLimits(GIB, GIB, cpus), workers) == threads
+
+
+def test_swap_memory_is_none_where_kv_is_in_host_memory_unless_it_is_asked_for() -> None:
+    host = HostLimits(16 * GIB, 8 * GIB, 8)
+    off = derive_swap_size(host, block_bytes=100, max_blocks=5, is_device_apart=False)
+    assert (off.num_blocks, off.explanation) == (0, "none: KV is in host memory already")
+    asked = derive_swap_size(host, block_bytes=100, max_blocks=5, is_device_apart=False, requested_bytes=1050)
+    assert asked.num_blocks == 10, "who asks may have more than the device"
+
+
+def test_swap_memory_beside_a_device_is_a_share_of_the_host_and_at_most_the_devices_kv() -> None:
+    host = HostLimits(16 * GIB, 8 * GIB, 8)
+    size = derive_swap_size(host, block_bytes=1024**2, max_blocks=10**6, is_device_apart=True, workers_on_host=2)
+    assert size.num_blocks == 1024
+    assert "available 8192 MiB) * 0.25 / 2 workers = 1024 MiB" in size.explanation
+    capped = derive_swap_size(host, block_bytes=1024**2, max_blocks=7, is_device_apart=True)
+    assert capped.num_blocks == 7
+    assert "capped at 7: as many as the device has" in capped.explanation
+    assert not derive_swap_size(
+        host, block_bytes=1024**2, max_blocks=7, is_device_apart=True, requested_bytes=0
+    ).num_blocks
