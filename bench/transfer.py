@@ -48,7 +48,8 @@ from kvtransfer.grpc_transport import GrpcBlockTransport
 from kvtransfer.nixl_agent import ReadState
 from kvtransfer.nixl_transport import NixlBlockTransport, NixlMemory, NixlReader
 from kvtransfer.prefill_client import DecodeIdentity, PrefillClient
-from kvtransfer.prefill_server import BlocksFilled, PrefillDone, PrefillServer
+from kvtransfer.prefill_events import BlocksFilled, PrefillDone
+from kvtransfer.prefill_server import PrefillServer
 from kvtransfer.prefill_side import HeldTokens, PrefillLimits
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.shm_transport import ShmBlockServer, ShmBlockTransport, host_id
