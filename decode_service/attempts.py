@@ -14,7 +14,8 @@ import contextlib
 import itertools
 import logging
 import time
-from typing import Protocol, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from decode_service.attempt import Attempt, RemoteOutcome
 from decode_service.messages import (
@@ -54,6 +55,7 @@ from kvtransfer.candidates import Candidate, CandidatePlan
 from kvtransfer.decode_side import PrefillOrder
 from kvtransfer.errors import TransferFailed
 from kvtransfer.protocol import baton_pb2 as pb
+from kvtransfer.transport import Destination
 from servicekit.failpoints import Failpoints
 from servicekit.logs import request_scope
 from workerkit.engine_client import EngineClient, StepEvents
@@ -71,12 +73,6 @@ HAND_OVER_S = 10.0
 _SPEED_WEIGHT = 0.2
 
 
-class BlockMemory(Protocol):
-    """The KV memory, block by block (engine.kv_memory.KVMemory)."""
-
-    def block(self, block_id: int) -> memoryview: ...
-
-
 class Attempts:
     """All attempts of this worker. Lives on the asyncio loop; only its methods assign to an Attempt."""
 
@@ -84,7 +80,7 @@ class Attempts:
         self,
         engine: EngineClient,
         remote: RemotePrefill,
-        memory: BlockMemory,
+        destination: Callable[[int], Destination],
         identity: ReplicaIdentity,
         *,
         default_policy: Policy,
@@ -93,10 +89,11 @@ class Attempts:
         metrics: DecodeQueueMetrics,
         failpoints: Failpoints,
     ) -> None:
+        """`destination`: where a block is, by its id, as kvtransfer names it."""
         self.is_draining = False
         self._engine = engine
         self._remote = remote
-        self._memory = memory
+        self._destination = destination
         self._identity = identity
         self._default_policy = default_policy
         self._max_num_requests = max_num_requests
@@ -309,13 +306,13 @@ class Attempts:
             transfer_s=fetched.commit.transfer_s,
         ), first_tokens(fetched.commit.first_tokens)
 
-    async def _reserve(self, attempt: Attempt) -> list[memoryview]:
-        """The memory of the blocks to pull into, as soon as admission gives them."""
+    async def _reserve(self, attempt: Attempt) -> list[Destination]:
+        """The blocks to pull into, as soon as admission gives them."""
         attempt.reserved = asyncio.get_running_loop().create_future()
         slots = await self._engine.call(lambda engine: engine.try_reserve_remote(attempt.engine_key))
         if slots is None:
             slots = await attempt.reserved
-        return [self._memory.block(slot.block_id) for slot in slots]
+        return [self._destination(slot.block_id) for slot in slots]
 
     async def _commit(self, attempt: Attempt, tokens: dict[int, SampledToken]) -> None:
         """All KV is here and verified (T2): from now on this attempt may have tokens (T3)."""

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kvtransfer.auth import Secret
+from kvtransfer.landing import Landing
 from kvtransfer.nixl_transport import NixlReader
 from kvtransfer.prefill_client import DecodeIdentity, PrefillClient
 from kvtransfer.protocol import baton_pb2 as pb
-from kvtransfer.transport import BlockPuller, BlockRead, BlockTransport, OnRead, SourceBlock
+from kvtransfer.transport import BlockPuller, BlockRead, BlockTransport, Destination, OnRead, SourceBlock
 from servicekit.failpoints import Failpoints
 
 
@@ -24,8 +25,9 @@ class FaultyPrefillClient(PrefillClient):
         load: Callable[[], pb.WorkerLoad],
         failpoints: Failpoints,
         nixl: NixlReader | None,
+        landing: Landing,
     ) -> None:
-        super().__init__(address, identity, secret, load, nixl=nixl)
+        super().__init__(address, identity, secret, load, nixl=nixl, landing=landing)
         self._failpoints = failpoints
 
     def _transports_for(self, worker: pb.WorkerInfo) -> list[BlockTransport]:
@@ -57,7 +59,7 @@ class _FaultyPuller:
         self._puller = puller
         self._failpoints = failpoints
 
-    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:
+    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[Destination], on_read: OnRead) -> None:
         def faulty(read: BlockRead) -> None:
             self._failpoints.kill_if_due("kill-after-block-pulled")
             if self._failpoints.due("truncate-pulled-block"):

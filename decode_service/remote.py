@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from kvtransfer.candidates import Candidate
 from kvtransfer.decode_side import PrefillOrder
-from kvtransfer.prefill_client import Fetched, PrefillClient
+from kvtransfer.prefill_client import Fetched, PrefillClient, ReserveBlocks
 
 log = logging.getLogger(__name__)
 
@@ -20,13 +20,11 @@ IDLE_S = 300.0
 
 MAX_CLIENTS = 256
 
-Reserve = Callable[[], Awaitable[Sequence[memoryview]]]
-
 
 class RemotePrefill(Protocol):
     """What an attempt needs of the pool."""
 
-    async def fetch(self, candidate: Candidate, order: PrefillOrder, reserve: Reserve) -> Fetched:
+    async def fetch(self, candidate: Candidate, order: PrefillOrder, reserve: ReserveBlocks) -> Fetched:
         """Raises: TransferFailed. However it ends, nothing writes into the reserved blocks afterwards."""
         ...
 
@@ -47,7 +45,7 @@ class PrefillPool:
         self._past_fallbacks: Counter[str] = Counter()  # of clients that are closed
         self._closing: set[asyncio.Task[None]] = set()
 
-    async def fetch(self, candidate: Candidate, order: PrefillOrder, reserve: Reserve) -> Fetched:
+    async def fetch(self, candidate: Candidate, order: PrefillOrder, reserve: ReserveBlocks) -> Fetched:
         known = self._client(candidate.address)
         known.num_fetches += 1
         try:

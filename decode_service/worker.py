@@ -8,6 +8,7 @@ from decode_service.app import DecodeServicer
 from decode_service.attempts import Attempts
 from decode_service.config import DecodeConfig, DisaggregationMode
 from decode_service.faults import FaultyPrefillClient
+from decode_service.memory import WritableMemory, make_writable
 from decode_service.placement import Policy
 from decode_service.remote import PrefillPool
 from engine.worker import Replica
@@ -42,12 +43,13 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
     metrics = DecodeQueueMetrics(process.metrics)
     engine = EngineClient(replica.engine)
     # 3. What fetches KV from prefill workers, and what owns the attempts.
-    nixl = _reader(process, replica, ucx.prepare(config.transports, config.require_rdma))
-    pool = PrefillPool(_client_maker(config, process, replica, nixl, lambda: worker_load(engine.load)))
+    memory = make_writable(replica, config.staging_memory)
+    nixl = _reader(process, replica, memory, ucx.prepare(config.transports, config.require_rdma))
+    pool = PrefillPool(_client_maker(config, process, replica, memory, nixl, lambda: worker_load(engine.load)))
     attempts = Attempts(
         engine,
         pool,
-        replica.kv,
+        memory.destination,
         identity,
         default_policy=POLICIES[config.disaggregation],
         max_num_requests=config.max_num_requests,
@@ -85,18 +87,19 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
     return status
 
 
-def _reader(process: WorkerProcess, replica: Replica, use: NixlUse) -> NixlReader | None:
-    """Registers the KV memory, once."""
+def _reader(process: WorkerProcess, replica: Replica, memory: WritableMemory, use: NixlUse) -> NixlReader | None:
+    """Registers the memory that KV arrives in, once."""
     if use is NixlUse.NONE:
         return None
     name = f"baton-{process.boot_id.hex()}"
-    return NixlReader(name, replica.kv.buffer, replica.identity.block_bytes, use=use)
+    return NixlReader(name, memory.region, replica.identity.block_bytes, use=use)
 
 
 def _client_maker(
     config: DecodeConfig,
     process: WorkerProcess,
     replica: Replica,
+    memory: WritableMemory,
     nixl: NixlReader | None,
     load: Callable[[], pb.WorkerLoad],
 ) -> Callable[[str], PrefillClient]:
@@ -111,5 +114,7 @@ def _client_maker(
     )
     failpoints = process.failpoints
     if failpoints.active:
-        return lambda address: FaultyPrefillClient(address, identity, process.secret, load, failpoints, nixl)
-    return lambda address: PrefillClient(address, identity, process.secret, load, nixl=nixl)
+        return lambda address: FaultyPrefillClient(
+            address, identity, process.secret, load, failpoints, nixl, memory.landing
+        )
+    return lambda address: PrefillClient(address, identity, process.secret, load, nixl=nixl, landing=memory.landing)

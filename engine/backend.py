@@ -16,12 +16,31 @@ from engine.kernels.native.program import StepArrays
 from engine.kernels.sampling import native as native_sampling
 from engine.kernels.sampling import reference as reference_sampling
 from engine.kernels.sampling.rows import Draws, SampleRow
-from engine.kv_memory import KVMemory
+from engine.kv_memory import KVShape
 from engine.loading.region import PackedRegion, open_region
 from engine.models.native_ops import NativeDecoder
 from engine.models.torch_ops import TorchDecoder, TorchStore
 from engine.models.weights import SourceTensor, load_decoder_weights
 from modelfiles.config import ModelConfig
+
+
+class KVStore(Protocol):
+    """The KV memory as runners need it: engine.kv_memory.KVMemory, or blocks on a device.
+
+    `tensor` [num_blocks, kv_heads, num_layers, 2, block_size, head_dim] may have one block more, behind all others,
+    that nobody owns: where the padding of a step writes.
+    """
+
+    @property
+    def shape(self) -> KVShape: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def tensor(self) -> Tensor: ...
+    def copy_block(self, source: int, destination: int) -> None: ...
+    def zero_slots(self, block_id: int, first_slot: int) -> None: ...
 
 
 class Backend(Protocol):
@@ -57,7 +76,7 @@ class NativeBackend:
         self,
         config: ModelConfig,
         weights: Mapping[str, SourceTensor],
-        kv: KVMemory,
+        kv: KVStore,
         num_threads: int,
         dtype: str,
         packed: PackedRegion | None,
@@ -83,7 +102,7 @@ class NativeBackend:
 class ReferenceBackend:
     """Plain torch. Slower, and its results depend on the batch, so deterministic mode refuses it."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, SourceTensor], kv: KVMemory) -> None:
+    def __init__(self, config: ModelConfig, weights: Mapping[str, SourceTensor], kv: KVStore) -> None:
         self._decoder = TorchDecoder(config, load_decoder_weights(config, TorchStore(weights)), kv.tensor)
         self.fingerprint = f"reference torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
         self.attention_calls: Mapping[str, int] = {}

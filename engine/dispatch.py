@@ -2,7 +2,7 @@
 
             cpu                                       cuda
 native      C++ kernels (the default on the CPU)      -
-triton      in Triton's interpreter: a proof          compiled; not served yet (engine/worker.py)
+triton      in Triton's interpreter: a proof          compiled; never run on one yet
 reference   plain torch, where nothing compiles       -
 
 Nothing here imports torch or Triton before it must: a machine that lacks Triton never hears of it.
@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import Protocol
 
 from engine.errors import ConfigInvalid
@@ -33,6 +33,13 @@ class Device(StrEnum):
 
     CPU = "cpu"
     CUDA = "cuda"
+
+
+class KVPlace(Enum):
+    """Where KV is, as those see it who move it between processes."""
+
+    HOST = "host"  # memory that others may map and read
+    DEVICE = "device"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,12 @@ import mmap
 import os
 import tempfile
 from dataclasses import dataclass
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
+
+from engine.dispatch import KVPlace
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +36,21 @@ class KVShape:
         return self.num_kv_heads * self.num_layers * 2 * self.block_size * self.head_dim * item_bytes
 
 
+def check_shape(shape: KVShape, num_blocks: int) -> None:
+    """Raises: ValueError."""
+    if shape.block_size < 1 or shape.block_size & (shape.block_size - 1):
+        raise ValueError(f"block_size is {shape.block_size}, expected a power of two")
+    if num_blocks < 1:
+        raise ValueError(f"num_blocks is {num_blocks}, expected at least 1")
+
+
 class KVMemory:
     """All KV blocks of a worker. `fd` may be passed on; `block(i)` is writable memory of this process."""
 
+    place: Final[Literal[KVPlace.HOST]] = KVPlace.HOST
+
     def __init__(self, shape: KVShape, num_blocks: int) -> None:
-        if shape.block_size < 1 or shape.block_size & (shape.block_size - 1):
-            raise ValueError(f"block_size is {shape.block_size}, expected a power of two")
-        if num_blocks < 1:
-            raise ValueError(f"num_blocks is {num_blocks}, expected at least 1")
+        check_shape(shape, num_blocks)
         self.shape = shape
         self.num_blocks = num_blocks
         self.block_size = shape.block_size

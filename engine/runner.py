@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from engine.backend import Backend, NativeBackend, ReferenceBackend
+from engine.backend import Backend, KVStore, NativeBackend, ReferenceBackend
 from engine.batch import Batch
 from engine.dispatch import Kernels
 from engine.kernels.native.build import KernelsUnavailable
 from engine.kernels.native.program import StepArrays
-from engine.kv_memory import KVMemory, KVShape
+from engine.kv_memory import KVShape
 from engine.loading.region import PackedRegion
 from engine.models.rope import RopeTable
 from engine.models.weights import SourceTensor
@@ -36,7 +36,7 @@ class ModelRunner:
         self,
         config: ModelConfig,
         weights: Mapping[str, SourceTensor],
-        kv: KVMemory,
+        kv: KVStore,
         *,
         kernels: Kernels = Kernels.NATIVE,
         deterministic: bool = False,
@@ -112,7 +112,7 @@ def kv_shape(config: ModelConfig, block_size: int, dtype: str = "float32") -> KV
 def _make_backend(
     config: ModelConfig,
     weights: Mapping[str, SourceTensor],
-    kv: KVMemory,
+    kv: KVStore,
     rope: RopeTable,
     kernels: Kernels,
     deterministic: bool,

@@ -4,6 +4,10 @@ limit   = least of cgroup limit, physical memory
 budget  = (limit * fraction - weights) / workers on this host - reserve
           (weights once per host; each worker its own where they cannot be shared)
 blocks  = budget // block_bytes
+
+In a GPU's memory:
+share   = total * fraction, by default GPU_FRACTION / workers on this GPU
+budget  = least of share, free  - weights - GPU_RESERVE_BYTES
 """
 
 from __future__ import annotations
@@ -17,6 +21,13 @@ RESERVE_BYTES = 512 * 1024**2
 
 SWAP_FRACTION = 0.25
 """Of a host's memory, what its workers may pin for preempted sequences."""
+
+
+GPU_RESERVE_BYTES = 1024**3
+"""For the CUDA context, compiled kernels, graphs and activations of one worker on a GPU: an estimate, unmeasured."""
+
+GPU_FRACTION = 0.9
+"""Of a GPU's memory that its workers may use together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +90,52 @@ def derive_kv_size(
         explanation += f" - reserve {_mib(RESERVE_BYTES)} = {_mib(budget)}"
     blocks = max(0, budget) // block_bytes
     explanation += f"; / {block_bytes} bytes per block = {blocks} blocks"
+    return _checked(blocks, block_bytes, min_blocks, max_blocks, explanation)
+
+
+def derive_gpu_kv_size(
+    free_bytes: int,
+    total_bytes: int,
+    *,
+    block_bytes: int,
+    min_blocks: int,
+    weight_bytes: int,
+    workers_on_gpu: int = 1,
+    fraction: float = 0.0,
+    requested_bytes: int | None = None,
+    max_blocks: int | None = None,
+) -> KVSize:
+    """Blocks for one worker in a GPU's memory, where one more lies beside them; the rest as above.
+
+    What is free is read before the weights are loaded, which is why they are subtracted. Workers that start at the same
+    time each see all of the GPU free, so no one may exceed its part of the total. `fraction` 0: an even part of
+    GPU_FRACTION. Raises: MemoryTooSmall.
+    """
+    free = f"free {_mib(free_bytes)}"
+    if requested_bytes is not None:
+        budget = requested_bytes
+        explanation = f"asked for {_mib(requested_bytes)}, of GPU memory {_mib(total_bytes)}, {free}"
+    else:
+        workers = max(1, workers_on_gpu)
+        share = fraction or GPU_FRACTION / workers
+        budget = min(int(total_bytes * share), free_bytes) - weight_bytes - GPU_RESERVE_BYTES
+        part = f"{fraction:g}" if fraction else f"{GPU_FRACTION:g} / {workers} workers"
+        explanation = (
+            f"min(GPU memory {_mib(total_bytes)} * {part}, {free}) - weights {_mib(weight_bytes)} "
+            f"- reserve {_mib(GPU_RESERVE_BYTES)} = {_mib(budget)}"
+        )
+    blocks = max(0, max(0, budget) // block_bytes - 1)
+    explanation += f"; / {block_bytes} bytes per block - 1 for padded rows = {blocks} blocks"
+    return _checked(blocks, block_bytes, min_blocks, max_blocks, explanation, "a larger gpu_memory_fraction, ")
+
+
+def _checked(
+    blocks: int, block_bytes: int, min_blocks: int, max_blocks: int | None, explanation: str, remedy: str = ""
+) -> KVSize:
     if blocks < min_blocks:
         raise MemoryTooSmall(
             f"KV memory: {explanation}, but one sequence of the greatest length needs {min_blocks}: give it "
-            f"{min_blocks * block_bytes} bytes (kv_memory) or state a smaller max_model_len"
+            f"{remedy}{(min_blocks + bool(remedy)) * block_bytes} bytes (kv_memory) or state a smaller max_model_len"
         )
     if max_blocks is not None and blocks > max_blocks:
         blocks = max_blocks

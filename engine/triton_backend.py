@@ -12,11 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
+from engine.backend import KVStore
 from engine.kernels.device_step import DeviceStep
 from engine.kernels.native.program import StepArrays
 from engine.kernels.sampling.launch import sample
 from engine.kernels.sampling.rows import Draws, SampleRow
-from engine.kv_memory import KVMemory
 from engine.models.rope import RopeTable
 from engine.models.triton_ops import DECODE_KERNEL, PREFILL_KERNEL, StepPart, TritonDecoder
 from engine.models.weights import SourceTensor
@@ -31,7 +31,7 @@ class TritonBackend:
         self,
         config: ModelConfig,
         weights: Mapping[str, SourceTensor],
-        kv: KVMemory,
+        kv: KVStore,
         rope: RopeTable,
         deterministic: bool,
         num_threads: int,

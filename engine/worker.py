@@ -19,18 +19,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
-from engine.dispatch import Device, Dispatch, Kernels, ThisMachine, choose, enter
+from engine.dispatch import Device, Dispatch, Kernels, KVPlace, ThisMachine, choose, enter
 from engine.errors import ConfigInvalid
 from engine.messages import EngineRequest
 from engine.request import SamplingParams
 
 if TYPE_CHECKING:
     from engine.batch import Runner
+    from engine.device_kv import DeviceKVMemory
     from engine.engine import Engine
-    from engine.kv_memory import KVMemory
+    from engine.kv_memory import KVMemory, KVShape
     from engine.loading.region import PackedRegion
     from engine.runner import ModelRunner
-    from engine.sizing import HostLimits
+    from engine.sizing import HostLimits, KVSize
     from engine.swap_memory import SwapMemory
     from modelfiles.config import ModelConfig
     from modelfiles.weights import Weights
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DIGEST_KIND = "xxh3-128"
+DEVICE_DIGEST_KIND = "block-digest-128/1"  # engine/kernels/block_digest: taken where the blocks are
 KV_LAYOUT = "block,kv_heads,layers,kv,slot,head_dim/1"  # raise its number when the meaning of a block's bytes changes
 
 
@@ -74,6 +76,9 @@ class ReplicaSpec:
     prefix_caching: bool = True
     max_held_tokens: int = 65536
     workers_on_host: int = 1
+    gpu_memory_fraction: float = 0.0
+    digests_on_device: bool = False  # KV is handed over where it lies in a GPU's memory, not through the host's
+    separate_kv: bool = False  # KV on the CPU as if on a device, where transports may not touch it: for tests
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +96,7 @@ class ReplicaIdentity:
     kv_dtype: str
     kernels: Kernels
     device: Device
+    digests_on_device: bool = False
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -99,20 +105,21 @@ class ReplicaIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Replica:
-    """A model that is ready to run: give `engine` to an EngineThread; `kv` is what transports read and write.
+    """A model that is ready to run: give `engine` to an EngineThread; `kv` is what transports read and write, or what
+    they reach through host memory (`kv.place` says which).
 
     `attention_calls` only grow: how often each attention kernel ran, by name.
     """
 
     identity: ReplicaIdentity
     engine: Engine
-    kv: KVMemory
+    kv: KVMemory | DeviceKVMemory
     attention_calls: Mapping[str, int]
 
 
-def layout_fingerprint(model_digest: str, kv_dtype: str, block_size: int) -> str:
-    """Equal wherever KV may move: the same model and tokenizer, and blocks that mean the same bytes."""
-    return _fingerprint(model_digest, kv_dtype, str(block_size), DIGEST_KIND, KV_LAYOUT)
+def layout_fingerprint(model_digest: str, kv_dtype: str, block_size: int, digest_kind: str = DIGEST_KIND) -> str:
+    """Equal wherever KV may move: the same model and tokenizer, blocks that mean the same bytes, one kind of digest."""
+    return _fingerprint(model_digest, kv_dtype, str(block_size), digest_kind, KV_LAYOUT)
 
 
 def numerics_fingerprint(layout: str, runner: str, deterministic: bool) -> str:
@@ -166,12 +173,11 @@ def load_replica(spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
 def _dispatch(spec: ReplicaSpec) -> Dispatch:
     """Decide, say so, and make Triton ready for it."""
     dispatch = choose(spec.kernels, spec.device, spec.deterministic, ThisMachine())
-    if dispatch.device is Device.CUDA:
-        rule = "weights and KV cannot be kept in a GPU's memory yet, though its kernels are there: use --device cpu"
-        raise ConfigInvalid("device", "cuda", rule)
     enter(dispatch)
     level = logging.WARNING if dispatch.kernels is Kernels.REFERENCE else logging.INFO
     log.log(level, "kernels: %s on %s: %s", dispatch.kernels, dispatch.device, dispatch.reason)
+    if dispatch.device is Device.CUDA:
+        log.warning("the code for GPUs was never run on one: check its answers before you rely on them")
     if dispatch.is_interpreted:
         log.warning("Triton kernels run in Triton's interpreter: that proves them, and is thousands of times slower")
     return dispatch
@@ -206,26 +212,17 @@ def _make_runner(
     packed: PackedRegion | None,
     limits: HostLimits,
     num_threads: int,
-) -> tuple[ModelRunner, KVMemory, SwapMemory | None]:
+) -> tuple[ModelRunner, KVMemory | DeviceKVMemory, SwapMemory | None]:
     """KV memory that fits beside the weights, what runs batches over both, and host memory for preempted sequences."""
-    from engine import sizing
-    from engine.kv_memory import KVMemory
     from engine.runner import ModelRunner, kv_dtype, kv_shape
 
     shape = kv_shape(config, spec.block_size, kv_dtype(dispatch.kernels, spec.dtype))
-    blocks_per_sequence = -(-_max_model_len(spec, config) // spec.block_size)
-    size = sizing.derive_kv_size(
-        limits,
-        block_bytes=shape.block_bytes,
-        min_blocks=blocks_per_sequence,
-        weight_bytes=packed.layout.num_bytes if packed else weights.num_float32_bytes,
-        weights_shared=packed is not None and packed.shared,
-        workers_on_host=spec.workers_on_host,
-        requested_bytes=spec.kv_memory_bytes,
-        max_blocks=blocks_per_sequence * spec.max_num_seqs,
-    )
+    if dispatch.device is Device.CUDA:
+        size = _size_gpu_kv(spec, config, weights, shape)
+    else:
+        size = _size_host_kv(spec, config, weights, packed, limits, shape)
     log.info("KV memory: %s", size.explanation, extra={"num_threads": num_threads})
-    kv = KVMemory(shape, size.num_blocks)
+    kv = _make_kv(spec, dispatch, shape, size.num_blocks)
     swap = _make_swap(spec, kv, limits)
     runner = ModelRunner(
         config,
@@ -241,7 +238,7 @@ def _make_runner(
     return runner, kv, swap
 
 
-def _make_swap(spec: ReplicaSpec, kv: KVMemory, limits: HostLimits) -> SwapMemory | None:
+def _make_swap(spec: ReplicaSpec, kv: KVMemory | DeviceKVMemory, limits: HostLimits) -> SwapMemory | None:
     from engine import sizing
     from engine.swap_memory import SwapMemory
 
@@ -260,6 +257,62 @@ def _make_swap(spec: ReplicaSpec, kv: KVMemory, limits: HostLimits) -> SwapMemor
         rule = f"it does not hold one block of {kv.block_bytes} bytes; 0 means none"
         raise ConfigInvalid("swap_memory", spec.swap_memory_bytes, rule)
     return None
+
+
+def _size_host_kv(
+    spec: ReplicaSpec,
+    config: ModelConfig,
+    weights: Weights,
+    packed: PackedRegion | None,
+    limits: HostLimits,
+    shape: KVShape,
+) -> KVSize:
+    from engine import sizing
+
+    blocks_per_sequence = -(-_max_model_len(spec, config) // spec.block_size)
+    return sizing.derive_kv_size(
+        limits,
+        block_bytes=shape.block_bytes,
+        min_blocks=blocks_per_sequence,
+        weight_bytes=packed.layout.num_bytes if packed else weights.num_float32_bytes,
+        weights_shared=packed is not None and packed.shared,
+        workers_on_host=spec.workers_on_host,
+        requested_bytes=spec.kv_memory_bytes,
+        max_blocks=blocks_per_sequence * spec.max_num_seqs,
+    )
+
+
+def _size_gpu_kv(spec: ReplicaSpec, config: ModelConfig, weights: Weights, shape: KVShape) -> KVSize:
+    import torch
+
+    from engine import sizing
+    from engine.device_kv import read_device_memory
+
+    memory = read_device_memory(torch.device("cuda"))
+    blocks_per_sequence = -(-_max_model_len(spec, config) // spec.block_size)
+    return sizing.derive_gpu_kv_size(
+        memory.free_bytes,
+        memory.total_bytes,
+        block_bytes=shape.block_bytes,
+        min_blocks=blocks_per_sequence,
+        weight_bytes=weights.num_float32_bytes * getattr(torch, shape.dtype).itemsize // 4,
+        workers_on_gpu=spec.workers_on_host,
+        fraction=spec.gpu_memory_fraction,
+        requested_bytes=spec.kv_memory_bytes,
+        max_blocks=blocks_per_sequence * spec.max_num_seqs,
+    )
+
+
+def _make_kv(spec: ReplicaSpec, dispatch: Dispatch, shape: KVShape, num_blocks: int) -> KVMemory | DeviceKVMemory:
+    from engine.kv_memory import KVMemory
+
+    if dispatch.device is Device.CPU and not spec.separate_kv:
+        return KVMemory(shape, num_blocks)
+    import torch
+
+    from engine.device_kv import DeviceKVMemory
+
+    return DeviceKVMemory(shape, num_blocks, torch.device(dispatch.device))
 
 
 def _make_engine(
@@ -311,9 +364,17 @@ def _run_prompt(engine: Engine, key: int, num_tokens: int) -> None:
 
 
 def _identify(
-    spec: ReplicaSpec, dispatch: Dispatch, kv: KVMemory, digest: str, numerics: str, max_model_len: int
+    spec: ReplicaSpec,
+    dispatch: Dispatch,
+    kv: KVMemory | DeviceKVMemory,
+    digest: str,
+    numerics: str,
+    max_model_len: int,
 ) -> ReplicaIdentity:
-    layout = layout_fingerprint(digest, kv.shape.dtype, spec.block_size)
+    digest_kind = DEVICE_DIGEST_KIND if spec.digests_on_device else DIGEST_KIND
+    layout = layout_fingerprint(digest, kv.shape.dtype, spec.block_size, digest_kind)
+    if kv.place is KVPlace.DEVICE and kv.device_id is not None:
+        numerics = f"{numerics} {kv.architecture}"
     return ReplicaIdentity(
         layout_fingerprint=layout,
         numerics_fingerprint=numerics_fingerprint(layout, numerics, spec.deterministic),
@@ -326,4 +387,5 @@ def _identify(
         kv_dtype=kv.shape.dtype,
         kernels=dispatch.kernels,
         device=dispatch.device,
+        digests_on_device=spec.digests_on_device,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvtransfer.prefill_server import BackendEvent, BlocksFilled, PrefillDone, PrefillStarting
+from kvtransfer.prefill_events import BackendEvent, BlocksFilled, PrefillDone, PrefillStarting
 from kvtransfer.protocol import baton_pb2 as pb
 
 

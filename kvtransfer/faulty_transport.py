@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from kvtransfer.errors import TransportLost
-from kvtransfer.transport import BlockPuller, BlockRead, BlockTransport, OnRead, SourceBlock
+from kvtransfer.transport import BlockPuller, BlockRead, BlockTransport, Destination, OnRead, SourceBlock, host_memory
 
 
 class Fault(Enum):
@@ -67,7 +67,7 @@ class _FaultyPuller:
         self._plan = plan
         self._resume = resume
 
-    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:
+    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[Destination], on_read: OnRead) -> None:
         for position, block in enumerate(blocks):
             await self._pull_one(self._plan.next(), block, blocks, destinations, position, on_read)
 
@@ -79,7 +79,7 @@ class _FaultyPuller:
         fault: Fault | None,
         block: SourceBlock,
         blocks: Sequence[SourceBlock],
-        destinations: Sequence[memoryview],
+        destinations: Sequence[Destination],
         position: int,
         on_read: OnRead,
     ) -> None:
@@ -95,12 +95,13 @@ class _FaultyPuller:
             source = blocks[(position + 1) % len(blocks)]
         await self._inner.pull([source], [destination], self._damaging(fault, block, destination, on_read))
 
-    def _damaging(self, fault: Fault | None, block: SourceBlock, destination: memoryview, on_read: OnRead) -> OnRead:
+    def _damaging(self, fault: Fault | None, block: SourceBlock, destination: Destination, on_read: OnRead) -> OnRead:
         damage: Callable[[BlockRead], Iterator[BlockRead]] = _DAMAGE.get(fault, _nothing) if fault else _nothing
 
         def damaged(read: BlockRead) -> None:
             if fault is Fault.CORRUPT:
-                destination[block.index % destination.nbytes] ^= 1
+                arrived = host_memory(destination)
+                arrived[block.index % arrived.nbytes] ^= 1
             if fault is Fault.SWAP:
                 read = replace(read, index=block.index, generation=block.generation)
             for reported in damage(read):

@@ -26,7 +26,16 @@ from kvtransfer import frames, rpc
 from kvtransfer.auth import Secret
 from kvtransfer.errors import BlockNotPublished, PullError, TicketRefused, TransportLost
 from kvtransfer.protocol import baton_pb2 as pb
-from kvtransfer.transport import BlockPuller, BlockRead, BlockSource, OnRead, SourceBlock, on_thread
+from kvtransfer.transport import (
+    BlockPuller,
+    BlockRead,
+    BlockSource,
+    Destination,
+    OnRead,
+    SourceBlock,
+    host_memory,
+    on_thread,
+)
 
 _METHOD = "/baton.v1.PrefillWorker/Pull"
 _PATH_BYTES = 16
@@ -158,7 +167,7 @@ class _GrpcPuller:
     async def join(self, patience_s: float) -> None:
         await on_thread(self._threads, functools.partial(self._receive, (), (), _ignore, patience_s), self._stop)
 
-    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:
+    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[Destination], on_read: OnRead) -> None:
         work = functools.partial(self._receive, blocks, destinations, on_read, PULL_S)
         await on_thread(self._threads, work, self._stop)
 
@@ -172,12 +181,12 @@ class _GrpcPuller:
                 self._call.cancel()
 
     def _receive(
-        self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead, patience_s: float
+        self, blocks: Sequence[SourceBlock], destinations: Sequence[Destination], on_read: OnRead, patience_s: float
     ) -> None:
         """On the transport's thread: one call from its begin to its end."""
         with self._calling([block.index for block in blocks], patience_s) as call:
             for block, destination in zip(blocks, destinations, strict=True):
-                on_read(self._receive_block(call, block, np.frombuffer(destination, np.uint8)))
+                on_read(self._receive_block(call, block, np.frombuffer(host_memory(destination), np.uint8)))
             if next(call, None) is not None:
                 raise TransportLost("the pull gave more than was asked for")
 

@@ -9,7 +9,16 @@ import asyncio
 from collections.abc import Sequence
 
 from kvtransfer.errors import TransportLost
-from kvtransfer.transport import MAX_PIECE_BYTES, BlockPuller, BlockRead, BlockSource, OnRead, SourceBlock
+from kvtransfer.transport import (
+    MAX_PIECE_BYTES,
+    BlockPuller,
+    BlockRead,
+    BlockSource,
+    Destination,
+    OnRead,
+    SourceBlock,
+    host_memory,
+)
 
 
 class MemoryBlockTransport:
@@ -39,9 +48,9 @@ class _MemoryPuller:
         self._source = source
         self._ticket = ticket
 
-    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:
+    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[Destination], on_read: OnRead) -> None:
         for block, destination in zip(blocks, destinations, strict=True):
-            on_read(await self._copy(block, destination))
+            on_read(await self._copy(block, host_memory(destination)))
 
     async def aclose(self) -> None:
         """Nothing is held."""

@@ -20,6 +20,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
@@ -37,6 +38,15 @@ Rows = np.ndarray[Any, np.dtype[np.uint64]]  # [n, 3]: address, length, device
 
 class NixlError(Exception):
     """NIXL refused or failed; its message as text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Memory to register: of this process, or of a GPU by its number."""
+
+    address: int
+    num_bytes: int
+    device_id: int | None = None
 
 
 class ReadState(Enum):
@@ -57,7 +67,7 @@ class NixlAgent(Protocol):
 
     def remove_peer(self, name: str) -> None: ...
 
-    def prepare(self, peer: str | None, address: int, length: int, count: int) -> int:
+    def prepare(self, peer: str | None, address: int, length: int, count: int, device_id: int | None = None) -> int:
         """A list of `count` neighbouring descriptors of `length` bytes, ours without a peer. Raises: NixlError."""
         ...
 
@@ -103,8 +113,8 @@ def _api() -> Any:
     raise NixlError(NOT_INSTALLED)
 
 
-def open_agent(name: str, regions: Sequence[tuple[int, int]]) -> NixlAgent:
-    """An agent over UCX that has registered these (address, length) regions of host memory, once.
+def open_agent(name: str, regions: Sequence[Region]) -> NixlAgent:
+    """An agent over UCX that has registered these regions, once.
 
     Raises: NixlError.
     """
@@ -112,7 +122,7 @@ def open_agent(name: str, regions: Sequence[tuple[int, int]]) -> NixlAgent:
 
 
 class _UcxAgent:
-    def __init__(self, name: str, regions: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, name: str, regions: Sequence[Region]) -> None:
         api = _api()
         config = api.nixl_agent_config(
             enable_prog_thread=True,  # answers others' reads where the fabric does not; P's Python may be busy
@@ -123,7 +133,9 @@ class _UcxAgent:
             self._agent: Any = api.nixl_agent(name, config)
             if "UCX" not in self._agent.backends:
                 raise NixlError("NIXL has no UCX here")
-            self._agent.register_memory([(address, length, 0, "") for address, length in regions], "DRAM")
+            for region in regions:
+                described = (region.address, region.num_bytes, region.device_id or 0, "")
+                self._agent.register_memory([described], _kind(region.device_id))
             self.metadata: bytes = self._agent.get_agent_metadata()
         self._lists: dict[int, Any] = {}
         self._reads: dict[int, Any] = {}
@@ -141,12 +153,13 @@ class _UcxAgent:
         with _translating():
             self._agent.remove_remote_agent(name)
 
-    def prepare(self, peer: str | None, address: int, length: int, count: int) -> int:
+    def prepare(self, peer: str | None, address: int, length: int, count: int, device_id: int | None = None) -> int:
         rows: Rows = np.zeros((count, 3), np.uint64)
         rows[:, 0] = np.uint64(address) + np.arange(count, dtype=np.uint64) * np.uint64(length)
         rows[:, 1] = length
+        rows[:, 2] = device_id or 0
         with _translating():
-            prepared = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT" if peer is None else peer, rows, "DRAM")
+            prepared = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT" if peer is None else peer, rows, _kind(device_id))
         self._lists[id(prepared)] = prepared
         return id(prepared)
 
@@ -187,6 +200,11 @@ class _UcxAgent:
         if sys.getrefcount(native) != _REFERENCES_AT_CLOSE:
             raise NixlError("the agent is still in use and was not destroyed")
         del native
+
+
+def _kind(device_id: int | None) -> str:
+    """NIXL's word for where memory is."""
+    return "DRAM" if device_id is None else "VRAM"
 
 
 _STATES = {"PROC": ReadState.RUNNING, "DONE": ReadState.DONE, "ERR": ReadState.FAILED}

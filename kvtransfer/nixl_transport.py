@@ -3,6 +3,8 @@
     P: NixlMemory    registers the KV memory and the generation table once; says in WorkerInfo where they are
     D: NixlReader    one per process: registers the KV memory once, does all reads; NixlBlockTransport is one pair of it
 
+"The KV memory" is the worker's own, the staging ring beside a GPU's (kvtransfer/staging.py), or the GPU's itself.
+
 A pull, on a thread of the reader's:
 
     1. read the generations of all blocks and the boot id behind them: what is not published is not read at all
@@ -41,7 +43,7 @@ from kvtransfer.auth import Secret
 from kvtransfer.errors import BlockNotPublished, TicketRefused, TransportLost
 from kvtransfer.grpc_transport import GrpcBlockTransport
 from kvtransfer.negotiation import NixlUse
-from kvtransfer.nixl_agent import MAX_METADATA_BYTES, NixlAgent, NixlError, ReadState, open_agent
+from kvtransfer.nixl_agent import MAX_METADATA_BYTES, NixlAgent, NixlError, ReadState, Region, open_agent
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.transport import (
     BOOT_ID_BYTES,
@@ -49,6 +51,8 @@ from kvtransfer.transport import (
     BlockPuller,
     BlockRead,
     BlockSource,
+    Destination,
+    DeviceBlock,
     OnRead,
     SourceBlock,
     address_of,
@@ -78,7 +82,7 @@ _MAX_ADDRESS = 1 << 63
 MAX_BLOCKS = 1 << 24
 
 EXIT_NOT_TORN_DOWN = 70  # EX_SOFTWARE
-OpenAgent = Callable[[str, Sequence[tuple[int, int]]], NixlAgent]
+OpenAgent = Callable[[str, Sequence[Region]], NixlAgent]
 
 
 # ---------------------------------------------------------------- P
@@ -87,18 +91,24 @@ OpenAgent = Callable[[str, Sequence[tuple[int, int]]], NixlAgent]
 class NixlMemory:
     """P's end: registered once, read by whoever Hello told of it. Has nothing to do afterwards."""
 
-    def __init__(self, source: BlockSource, use: NixlUse = NixlUse.ANY) -> None:
-        """Raises: NixlError."""
-        regions = [
-            (source.address, source.num_blocks * source.block_bytes),
-            (source.generation_table.address, source.generation_table.num_bytes),
-        ]
-        self._agent = open_agent(f"baton-{source.boot_id.hex()}", regions)
+    def __init__(
+        self,
+        source: BlockSource,
+        use: NixlUse = NixlUse.ANY,
+        device: Region | None = None,
+        make_agent: OpenAgent = open_agent,
+    ) -> None:
+        """`device`: where the source's blocks are if not in its own memory. Raises: NixlError."""
+        blocks = device or Region(source.address, source.num_blocks * source.block_bytes)
+        assert blocks.num_bytes == source.num_blocks * source.block_bytes
+        control = Region(source.generation_table.address, source.generation_table.num_bytes)
+        self._agent = make_agent(f"baton-{source.boot_id.hex()}", [blocks, control])
         self.info = pb.NixlMemory(
             agent_metadata=self._agent.metadata,
-            blocks_address=regions[0][0],
-            control_address=regions[1][0],
+            blocks_address=blocks.address,
+            control_address=control.address,
             only_rdma=use is NixlUse.RDMA,
+            device_id=blocks.device_id,
         )
 
     def close(self) -> None:
@@ -159,22 +169,23 @@ class NixlReader:
     def __init__(
         self,
         name: str,
-        memory: memoryview,
+        memory: memoryview | Region,
         block_bytes: int,
         teardown_s: float = TEARDOWN_S,
         make_agent: OpenAgent = open_agent,
         end_process: Callable[[str], None] = _end_process,
         use: NixlUse = NixlUse.ANY,
     ) -> None:
-        """`memory` is all of D's blocks, borrowed for the life of the process. Raises: NixlError."""
-        assert memory.nbytes % block_bytes == 0, (memory.nbytes, block_bytes)
+        """`memory` is all that D reads into, borrowed for the life of the process. Raises: NixlError."""
+        region = Region(address_of(memory), memory.nbytes) if isinstance(memory, memoryview) else memory
+        assert region.num_bytes % block_bytes == 0, (region.num_bytes, block_bytes)
         self.block_bytes = block_bytes
         self.threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="nixl-read")
         self.nixl_use = use
         self.num_agents = 0
         self._name = name
-        self._address = address_of(memory)
-        self._num_blocks = memory.nbytes // block_bytes
+        self._region = region
+        self._num_blocks = region.num_bytes // block_bytes
         self._teardown_s = teardown_s
         self._make_agent = make_agent
         self._end_process = end_process
@@ -253,9 +264,12 @@ class NixlReader:
         finally:
             self._slots.put(slot)
 
-    def block_id(self, destination: memoryview) -> int:
+    def block_id(self, destination: Destination) -> int:
         """Which of our blocks a destination is."""
-        block_id, rest = divmod(address_of(destination) - self._address, self.block_bytes)
+        if isinstance(destination, DeviceBlock):
+            assert 0 <= destination.block_id < self._num_blocks, "not a block of the registered memory"
+            return destination.block_id
+        block_id, rest = divmod(address_of(destination) - self._region.address, self.block_bytes)
         assert destination.nbytes == self.block_bytes, (destination.nbytes, self.block_bytes)
         assert rest == 0, "not a block of the registered memory"
         assert 0 <= block_id < self._num_blocks, "not a block of the registered memory"
@@ -329,12 +343,11 @@ class NixlReader:
         return self._life
 
     def _new_life(self) -> _Life:
-        num_bytes = self._num_blocks * self.block_bytes
-        scratch = self._scratch.ctypes.data
+        region, scratch = self._region, self._scratch.ctypes.data
         self.num_agents += 1
         name = f"{self._name}-{self.num_agents}"
-        agent = self._make_agent(name, [(self._address, num_bytes), (scratch, self._scratch.nbytes)])
-        blocks = agent.prepare(None, self._address, self.block_bytes, self._num_blocks)
+        agent = self._make_agent(name, [region, Region(scratch, self._scratch.nbytes)])
+        blocks = agent.prepare(None, region.address, self.block_bytes, self._num_blocks, region.device_id)
         return _Life(agent, blocks, agent.prepare(None, scratch, _WORD_BYTES, self._scratch.size))
 
 
@@ -363,7 +376,8 @@ def _add_peer(agent: NixlAgent, worker: pb.WorkerInfo) -> _Peer:
     info = worker.nixl
     name = agent.add_peer(info.agent_metadata)
     try:
-        blocks = agent.prepare(name, info.blocks_address, worker.block_bytes, worker.num_blocks)
+        device_id = info.device_id if info.HasField("device_id") else None
+        blocks = agent.prepare(name, info.blocks_address, worker.block_bytes, worker.num_blocks, device_id)
         control = agent.prepare(name, info.control_address, _WORD_BYTES, worker.num_blocks + _BOOT_ID_WORDS)
     except NixlError:
         agent.remove_peer(name)
@@ -387,7 +401,7 @@ class Pair:
         self._reader.detach(self._life, self._peer)
 
     def read(
-        self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead, stop: _Stop
+        self, blocks: Sequence[SourceBlock], destinations: Sequence[Destination], on_read: OnRead, stop: _Stop
     ) -> None:
         """On a thread of the reader's. However it ends, nothing lands in the destinations afterwards.
 
@@ -413,7 +427,7 @@ class _Pull:
         self._stale: dict[int, int] = {}  # index of a block that is another by now -> its generation
         self._under_way: deque[tuple[Sequence[SourceBlock], int | None]] = deque()
 
-    def run(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:
+    def run(self, blocks: Sequence[SourceBlock], destinations: Sequence[Destination], on_read: OnRead) -> None:
         size = max(1, min(MAX_GROUP_BLOCKS, GROUP_BYTES // self._reader.block_bytes))
         try:
             for first in range(0, max(1, len(blocks)), MAX_GROUP_BLOCKS):
@@ -443,7 +457,7 @@ class _Pull:
             if generation != block.generation:
                 self._stale[block.index] = generation
 
-    def _post(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview]) -> None:
+    def _post(self, blocks: Sequence[SourceBlock], destinations: Sequence[Destination]) -> None:
         pairs = zip(blocks, destinations, strict=True)
         wanted = [(b.block_id, self._reader.block_id(d)) for b, d in pairs if b.index not in self._stale]
         read = None
@@ -551,7 +565,7 @@ class _NixlPuller:
         self._forget = forget
         self._stop = _Stop()
 
-    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:
+    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[Destination], on_read: OnRead) -> None:
         work = functools.partial(self._pair.read, blocks, destinations, on_read, self._stop)
         await on_thread(self._threads, work, self.stop)
 

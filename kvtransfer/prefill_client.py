@@ -15,7 +15,7 @@ import contextlib
 import logging
 import random
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, assert_never
 
@@ -34,7 +34,6 @@ from kvtransfer.decode_side import (
     Send,
     StopPulling,
 )
-from kvtransfer.digest import block_digest
 from kvtransfer.errors import (
     FailureKind,
     PeerUnusable,
@@ -44,13 +43,14 @@ from kvtransfer.errors import (
     TransportLost,
 )
 from kvtransfer.grpc_transport import GrpcBlockTransport
+from kvtransfer.landing import HostLanding, Landing
 from kvtransfer.liveness import HEARTBEAT_INTERVAL_S, LivenessMonitor, Verdict
 from kvtransfer.negotiation import AUTO, GRPC, NIXL, SHM, NixlUse, PairFacts, choose_ways
 from kvtransfer.nixl_transport import NixlBlockTransport, NixlReader
 from kvtransfer.protocol import PROTOCOL_VERSION
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.shm_transport import ShmBlockTransport, host_id
-from kvtransfer.transport import BlockPuller, BlockRead, BlockTransport, OnRead, SourceBlock
+from kvtransfer.transport import BlockPuller, BlockRead, BlockTransport, Destination, OnRead, SourceBlock
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ QUARANTINE_S = 60.0
 
 _SERVICE = "/baton.v1.PrefillWorker"
 
-ReserveBlocks = Callable[[], Awaitable[Sequence[memoryview]]]
+ReserveBlocks = Callable[[], Awaitable[Sequence[Destination]]]
 """Gives the destinations of all ordered blocks, in order. May wait for admission; cancelled when the transfer ends."""
 
 
@@ -109,10 +109,12 @@ class PrefillClient:
         limits: DecodeLimits | None = None,
         make_transports: TransportFactory | None = None,
         nixl: NixlReader | None = None,
+        landing: Landing | None = None,
     ) -> None:
         """`load` is D's own, for its heartbeats. `make_transports` replaces the choice by host (tests).
 
-        `nixl` is this worker's own end of one-sided reads, if it has one.
+        `nixl` is this worker's own end of one-sided reads, if it has one. `landing` is where pulled blocks come to
+        rest; without one they are pulled into host memory that `reserve` gives.
         """
         self.address = address
         self.ignored: Counter[str] = Counter()
@@ -123,6 +125,7 @@ class PrefillClient:
         self._secret = secret
         self._load = load
         self._limits = limits or DecodeLimits()
+        self._landing: Landing = landing or HostLanding()
         self._make_transports = make_transports or self._transports_for
         self._session: _Session | None = None
         self._changed = asyncio.Event()  # a connect succeeded or failed
@@ -224,7 +227,9 @@ class PrefillClient:
             transports = await self._warmed_up(self._make_transports(worker))
         finally:
             self._is_warming_up = False
-        session = _Session(worker, self._identity, transports, self._load, self._limits, self.ignored, self._fall_back)
+        session = _Session(
+            worker, self._identity, transports, self._landing, self._load, self._limits, self.ignored, self._fall_back
+        )
         call = rpc.stream_call(
             channel, f"{_SERVICE}/Prefill", pb.PrefillUp.SerializeToString, pb.PrefillDown.FromString
         )(metadata=self._secret.metadata)
@@ -326,7 +331,7 @@ class _Fetch:
     order: PrefillOrder
     reserve: ReserveBlocks
     done: asyncio.Future[Commit]
-    destinations: Sequence[memoryview] = ()
+    destinations: Sequence[Destination] = ()
     reserving: asyncio.Task[None] | None = None
     reserve_error: Exception | None = None
     wanted: asyncio.Queue[tuple[SourceBlock, ...]] = field(default_factory=asyncio.Queue[tuple[SourceBlock, ...]])
@@ -346,6 +351,7 @@ class _Session:
         worker: pb.WorkerInfo,
         identity: DecodeIdentity,
         transports: Sequence[BlockTransport],
+        landing: Landing,
         load: Callable[[], pb.WorkerLoad],
         limits: DecodeLimits,
         ignored: Counter[str],
@@ -359,6 +365,7 @@ class _Session:
         )
         self._block_bytes = identity.block_bytes
         self._transports = list(transports)
+        self._landing = landing
         self._load = load
         self._monitor = LivenessMonitor(self._loop.time())
         self._outgoing: asyncio.Queue[pb.PrefillUp] = asyncio.Queue()
@@ -480,6 +487,7 @@ class _Session:
         try:
             destinations = await fetch.reserve()
             assert len(destinations) == action.num_blocks, (len(destinations), action.num_blocks)
+            await self._landing.settle()
         except Exception as error:  # whatever the caller's reserve raises goes back to it out of `fetch`
             fetch.reserve_error = error
             failure = TransferFailure(FailureKind.INTERNAL, "no blocks were reserved")
@@ -527,9 +535,9 @@ class _Session:
             puller = await self._open_puller(first, fetch)
             while True:
                 blocks = await _all_waiting(fetch.wanted)
-                started = self._loop.time()
-                await puller.pull(blocks, self._destinations(fetch, blocks), self._on_read(first.transfer_id, fetch))
-                fetch.pull_s += self._loop.time() - started
+                size = self._landing.max_blocks or len(blocks)
+                for begin in range(0, len(blocks), size):
+                    await self._pull_part(puller, first.transfer_id, fetch, blocks[begin : begin + size])
         except PullError as error:
             failure = TransferFailure(FailureKind.PULL, f"{type(error).__name__}: {error}"[:200])
             self._loop.call_soon(self._pull_failed, first.transfer_id, failure)
@@ -540,6 +548,17 @@ class _Session:
         finally:
             if puller is not None:
                 await puller.aclose()
+
+    async def _pull_part(
+        self, puller: BlockPuller, transfer_id: int, fetch: _Fetch, blocks: Sequence[SourceBlock]
+    ) -> None:
+        destinations = [fetch.destinations[block.index - fetch.order.num_blocks_held] for block in blocks]
+        async with self._landing.lend(destinations) as lent:
+            started = self._loop.time()
+            pairs = zip(lent, destinations, strict=True)
+            places = {block.index: pair for block, pair in zip(blocks, pairs, strict=True)}
+            await puller.pull(blocks, lent, self._on_read(transfer_id, fetch, places))
+            fetch.pull_s += self._loop.time() - started
 
     def _pull_failed(self, transfer_id: int, failure: TransferFailure) -> None:
         self._perform(self._side.pull_stopped(transfer_id, failure, self._loop.time()))
@@ -559,15 +578,16 @@ class _Session:
             return puller
         raise TransportLost("no transport works")
 
-    def _destinations(self, fetch: _Fetch, blocks: Sequence[SourceBlock]) -> list[memoryview]:
-        return [fetch.destinations[block.index - fetch.order.num_blocks_held] for block in blocks]
+    def _on_read(
+        self, transfer_id: int, fetch: _Fetch, places: Mapping[int, tuple[Destination, Destination]]
+    ) -> OnRead:
+        """Digest what arrived, and bring it where it belongs, on the transport's thread: the bytes are in its cache.
 
-    def _on_read(self, transfer_id: int, fetch: _Fetch) -> OnRead:
-        """Digest over the destination, on the transport's thread, while the bytes are in its cache (T2)."""
+        `places`: what was lent and the destination, by index of the block.
+        """
 
         def on_read(read: BlockRead) -> None:
-            destination = fetch.destinations[read.index - fetch.order.num_blocks_held]
-            fetch.arrived.append(ArrivedBlock(read, block_digest(destination)))
+            fetch.arrived.append(ArrivedBlock(read, self._landing.land(*places[read.index])))
             if not fetch.is_told:  # else the loop still has to look, and takes this block along
                 fetch.is_told = True
                 self._loop.call_soon_threadsafe(self._take_arrived, transfer_id, fetch)

@@ -3,25 +3,28 @@
     engine thread --deliver(events)--> digest thread --> asyncio loop: PrefillSide --> messages, backend calls
 
 Control streams, heartbeats and Pull run on the asyncio loop; the engine has its own thread and no coroutine waits for
-it. Digests are taken on a third thread that handles events in the order in which they were delivered.
+it. Blocks are made ready (kvtransfer/exposure.py: digested, and copied out of a GPU's memory) on a third thread that
+handles events in the order in which they were delivered.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, assert_never
 
 from kvtransfer import rpc
-from kvtransfer.digest import block_digest
+from kvtransfer.exposure import Exposure, HostExposure
 from kvtransfer.grpc_transport import GrpcBlockServer
 from kvtransfer.liveness import HEARTBEAT_INTERVAL_S, LivenessMonitor, Verdict
+from kvtransfer.prefill_events import BackendEvent, BlocksFilled, PrefillDone, PrefillGivenUp, PrefillStarting
 from kvtransfer.prefill_side import (
     CloseTicket,
     GrantBackend,
@@ -48,59 +51,6 @@ DIGEST_GROUP_BLOCKS = 4
 in one group, D waits for all their digests before its first byte."""
 MAX_QUEUED_MESSAGES = 65_536
 """Messages that one D may leave unread before its stream is ended."""
-
-
-class FilledBlock(Protocol):
-    """A block of the engine whose bytes will not change any more (engine.messages.BlockSlot is one)."""
-
-    @property
-    def index(self) -> int: ...
-    @property
-    def block_id(self) -> int: ...
-    @property
-    def generation(self) -> int: ...
-    @property
-    def num_tokens(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillStarting:
-    """The engine reserved the prompt's whole need; it will report `num_blocks` blocks from num_blocks_held on."""
-
-    key: int
-    num_blocks: int
-    num_cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class BlocksFilled:
-    """Full blocks, ascending, each once; those taken from P's own cache as well."""
-
-    key: int
-    blocks: Sequence[FilledBlock]
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillDone:
-    """Every full block was reported. `tail` is the partial last block, unused slots zeroed."""
-
-    key: int
-    tail: FilledBlock | None
-    first_tokens: Sequence[pb.FirstToken]
-    queue_s: float
-    prefill_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillGivenUp:
-    """The engine will not finish this prompt. It still gets its `release`."""
-
-    key: int
-    reason: pb.PrefillFailure
-    message: str
-
-
-BackendEvent = PrefillStarting | BlocksFilled | PrefillDone | PrefillGivenUp
 
 
 class PrefillBackend(Protocol):
@@ -144,7 +94,9 @@ class PrefillServer:
         source: BlockSource,
         limits: PrefillLimits,
         held: HeldTokens,
+        exposure: Exposure | None = None,
     ) -> None:
+        """Without an `exposure` the source's memory is where the engine's blocks are."""
         assert worker.boot_id == source.boot_id
         assert worker.block_bytes == source.block_bytes
         self.ignored: Counter[str] = Counter()
@@ -159,7 +111,7 @@ class PrefillServer:
         self._by_key: dict[int, _Session] = {}
         self._is_draining = False
         self._loop = asyncio.get_running_loop()
-        self._digests = _Digester(source)
+        self._exposure: Exposure = exposure or HostExposure(source)
         self._digest_thread = ThreadPoolExecutor(1, thread_name_prefix="digest")
 
     def add_to(self, server: Any) -> None:
@@ -173,7 +125,7 @@ class PrefillServer:
 
     def deliver(self, events: Sequence[BackendEvent]) -> None:
         """What the engine did, in order. Thread-safe, returns at once."""
-        self._digest_thread.submit(self._digest_and_apply, events)
+        self._on_digest_thread(self._take, events)
 
     def drain(self) -> None:
         """Refuse new prompts; those under way go on. `num_tickets` says when they are done."""
@@ -271,17 +223,46 @@ class PrefillServer:
 
     # ------------------------------------------------------------ engine events
 
-    def _digest_and_apply(self, events: Sequence[BackendEvent]) -> None:
-        """On the digest thread."""
+    def _on_digest_thread(self, work: Callable[..., None], *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the server is closed
+            self._digest_thread.submit(work, *args)
+
+    def _take(self, events: Sequence[BackendEvent]) -> None:
+        """On the digest thread.
+
+        Of a key that is live here, `_let_go` runs on this thread later: it is submitted after the key was removed.
+        """
+        for event in events:
+            if event.key not in self._by_key:
+                self._tell_loop(functools.partial(self._apply, event, []))
+                continue
+            try:
+                may_go_on = self._exposure.arrive(event)
+            except Exception as error:  # nobody looks at this thread's results: the prompt's end is told on the loop
+                self._tell_loop(functools.partial(self._fail_event, event, error))
+            else:
+                self._make_ready(may_go_on)
+
+    def _let_go(self, key: int) -> None:
+        """On the digest thread, once the ticket is closed."""
+        try:
+            self._make_ready(self._exposure.release(key))
+        except Exception:  # the thread's boundary; what this prompt had is lost to others, and only that
+            log.exception("a prompt's memory could not be given back")
+
+    def _make_ready(self, events: Sequence[BackendEvent]) -> None:
         for event in in_groups(events):
             try:
-                told = functools.partial(self._apply, event, self._digests.ready(event))
-            except Exception as error:  # nobody looks at this thread's results: the prompt's end is told on the loop
+                told = functools.partial(self._apply, event, self._exposure.ready(event))
+            except Exception as error:  # as above
                 told = functools.partial(self._fail_event, event, error)
-            try:
-                self._loop.call_soon_threadsafe(told)
-            except RuntimeError:
-                log.debug("engine events after the loop was closed")
+            self._tell_loop(told)
+
+    def _tell_loop(self, told: Callable[[], None]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(told)
+        except RuntimeError:
+            log.debug("engine events after the loop was closed")
 
     def _apply(self, event: BackendEvent, blocks: list[ReadyBlock]) -> None:
         session = self._by_key.get(event.key)
@@ -325,6 +306,7 @@ class PrefillServer:
                 case ReleaseBackend():
                     del self._by_key[action.key]
                     self._backend.release(action.key, action.ok, action.is_suspect)
+                    self._on_digest_thread(self._let_go, action.key)
                 case _:
                     assert_never(action)
 
@@ -352,33 +334,3 @@ def _tell(side: PrefillSide, event: BackendEvent, blocks: list[ReadyBlock], now:
             return side.prefill_failed(event.key, event.reason, event.message)
         case _:
             assert_never(event)
-
-
-class _Digester:
-    """Digests of blocks; a full block that is published again (prefix cache) is not read again.
-
-    Remembers one digest per block id, valid for one generation: the bytes of a full block do not change within it.
-    """
-
-    def __init__(self, source: BlockSource) -> None:
-        self._source = source
-        self._known: dict[int, tuple[int, bytes]] = {}
-
-    def ready(self, event: BackendEvent) -> list[ReadyBlock]:
-        match event:
-            case BlocksFilled():
-                return [self._full(block) for block in event.blocks]
-            case PrefillDone() if event.tail is not None:
-                return [self._ready(event.tail, block_digest(self._source.block(event.tail.block_id)))]
-            case _:
-                return []
-
-    def _full(self, block: FilledBlock) -> ReadyBlock:
-        generation, digest = self._known.get(block.block_id, (-1, b""))
-        if generation != block.generation:
-            digest = block_digest(self._source.block(block.block_id))
-            self._known[block.block_id] = (block.generation, digest)
-        return self._ready(block, digest)
-
-    def _ready(self, block: FilledBlock, digest: bytes) -> ReadyBlock:
-        return ReadyBlock(block.index, block.block_id, block.generation, block.num_tokens, digest)

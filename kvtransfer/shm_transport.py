@@ -45,8 +45,10 @@ from kvtransfer.transport import (
     BlockPuller,
     BlockRead,
     BlockSource,
+    Destination,
     OnRead,
     SourceBlock,
+    host_memory,
     on_thread,
 )
 
@@ -349,16 +351,16 @@ class _ShmPuller:
         self._threads = threads
         self._stop = threading.Event()
 
-    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:
+    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[Destination], on_read: OnRead) -> None:
         work = functools.partial(self._copy_all, blocks, destinations, on_read)
         await on_thread(self._threads, work, self._stop.set)
 
     async def aclose(self) -> None:
         self._stop.set()
 
-    def _copy_all(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:
+    def _copy_all(self, blocks: Sequence[SourceBlock], destinations: Sequence[Destination], on_read: OnRead) -> None:
         for block, destination in zip(blocks, destinations, strict=True):
-            on_read(self._copy(block, np.frombuffer(destination, np.uint8)))
+            on_read(self._copy(block, np.frombuffer(host_memory(destination), np.uint8)))
 
     def _copy(self, block: SourceBlock, destination: _Bytes) -> BlockRead:
         """numpy copies without the GIL. A block that is another one before the copy is not copied at all."""

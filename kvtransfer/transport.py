@@ -54,6 +54,23 @@ class SourceBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceBlock:
+    """A block of D's in a memory that only one-sided reads can write, a GPU's."""
+
+    block_id: int
+
+
+Destination = memoryview | DeviceBlock
+"""Where a block goes. Transports that copy write memory of their own process only."""
+
+
+def host_memory(destination: Destination) -> memoryview:
+    """The destination as a transport needs it that copies."""
+    assert isinstance(destination, memoryview), f"{destination} cannot be copied into"
+    return destination
+
+
+@dataclass(frozen=True, slots=True)
 class BlockRead:
     """What a transport saw while it moved one block; compared with the announcement by decode_side."""
 
@@ -71,7 +88,7 @@ digest is taken while the bytes are in its cache). Must not raise for wrong byte
 class BlockPuller(Protocol):
     """D's end of one ticket. Not for concurrent pulls."""
 
-    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[memoryview], on_read: OnRead) -> None:
+    async def pull(self, blocks: Sequence[SourceBlock], destinations: Sequence[Destination], on_read: OnRead) -> None:
         """Copy each block into its destination (writable, contiguous, exactly one block long).
 
         Ownership: from the moment this returns, raises or is cancelled, nothing writes into the destinations; a
@@ -151,14 +168,19 @@ class BlockSource:
     this ticket had published (a same-host reader sees that after its copy).
     """
 
-    def __init__(self, memory: memoryview, block_bytes: int, boot_id: bytes) -> None:
+    def __init__(self, memory: memoryview | int, block_bytes: int, boot_id: bytes) -> None:
+        """`memory`: the blocks, or how many there are of them in a memory that is not this process's to read."""
         assert block_bytes > 0, block_bytes
-        assert memory.nbytes % block_bytes == 0, (memory.nbytes, block_bytes)
         assert len(boot_id) == BOOT_ID_BYTES
         self.boot_id = boot_id
         self.block_bytes = block_bytes
-        self.num_blocks = memory.nbytes // block_bytes
-        self._memory = memory.cast("B")
+        if isinstance(memory, memoryview):
+            assert memory.nbytes % block_bytes == 0, (memory.nbytes, block_bytes)
+            self.num_blocks = memory.nbytes // block_bytes
+            self._memory = memory.cast("B")
+        else:
+            self.num_blocks = memory
+            self._memory = None
         self._lock = threading.Lock()
         self._tickets: dict[bytes, _OpenTicket] = {}
         self._num_publications = [0] * self.num_blocks
@@ -167,6 +189,7 @@ class BlockSource:
     @property
     def address(self) -> int:
         """Where block 0 begins in this process."""
+        assert self._memory is not None, "the blocks are not in this process's memory"
         return address_of(self._memory)
 
     def open(self, ticket: bytes) -> None:
@@ -224,12 +247,15 @@ class BlockSource:
         assert 0 < length <= MAX_PIECE_BYTES, length
         with self._lock:
             block = self._lookup(ticket, index)
+            if self._memory is None:
+                raise BlockNotPublished("blocks in a device's memory are read one-sidedly, and no other way")
             start = block.block_id * self.block_bytes + offset
             header = frames.encode_header(index, offset, self.generation_table[block.block_id], length)
             return b"".join((header, self._memory[start : start + length]))
 
     def block(self, block_id: int) -> memoryview:
         """The bytes of a block (to digest them before they are published)."""
+        assert self._memory is not None, "the blocks are not in this process's memory"
         return self._memory[block_id * self.block_bytes : (block_id + 1) * self.block_bytes]
 
     @property

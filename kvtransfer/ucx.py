@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 RDMA_TRANSPORTS = ("rc", "dc", "ud", "srd", "gga")
 """Begin the names of what reads another machine's memory without its processor (rc_verbs, dc_mlx5, ...)."""
 
+_CUDA_TRANSPORTS = ("cuda_copy", "gdr_copy")
+
 _DEVICES = Path("/sys/class/infiniband")
 _ONLY_RDMA = "ib,cuda_copy,self"
 _QUERY_S = 20.0
@@ -71,6 +73,13 @@ def why_no_rdma(found: Sequence[str], environment: MutableMapping[str, str]) -> 
     if others := [name for name in allowed if not name.startswith((*RDMA_TRANSPORTS, "ib", "cuda", "self", "gdr"))]:
         return f"UCX_TLS allows {', '.join(others)}; leave it out, or name RDMA transports only"
     return ""
+
+
+def why_no_device_memory(found: Sequence[str]) -> str:
+    """Empty if UCX can move a GPU's memory; `found` as `resources` says."""
+    if any(name.startswith(_CUDA_TRANSPORTS) for name in found):
+        return ""
+    return f"UCX sees no CUDA (it must be built with it, and find the driver); it sees {', '.join(found) or 'nothing'}"
 
 
 def resources() -> tuple[str, ...]:

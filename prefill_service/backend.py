@@ -18,7 +18,7 @@ from engine.messages import (
     PrefillStarting,
     RequestEnded,
 )
-from kvtransfer import prefill_server as wire
+from kvtransfer import prefill_events as wire
 from kvtransfer.protocol import baton_pb2 as pb
 from prefill_service.urgency import due_in_s
 from servicekit.failpoints import Failpoints

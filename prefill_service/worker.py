@@ -13,10 +13,9 @@ from kvtransfer.nixl_transport import NixlMemory
 from kvtransfer.prefill_server import PrefillServer
 from kvtransfer.prefill_side import HeldTokens, PrefillLimits
 from kvtransfer.shm_transport import ShmBlockServer, is_available
-from kvtransfer.transport import BlockSource
 from prefill_service.backend import EngineBackend
 from prefill_service.config import PrefillConfig
-from prefill_service.faults import FaultyBlockSource
+from prefill_service.memory import make_readable
 from workerkit.engine_client import EngineClient
 from workerkit.metrics import EngineMetrics, PrefillQueueMetrics
 from workerkit.process import WorkerProcess
@@ -41,18 +40,17 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
     engine = EngineClient(replica.engine)
     backend = EngineBackend(engine, engine_metrics, process.failpoints)
     # 3. What hands KV out.
-    faults = process.failpoints
-    source = (
-        FaultyBlockSource(replica.kv.buffer, identity.block_bytes, process.boot_id, faults)
-        if faults.active
-        else BlockSource(replica.kv.buffer, identity.block_bytes, process.boot_id)
-    )
-    shared = ShmBlockServer(source, replica.kv.fd, process.secret) if offers_shared_memory(config) else None
+    memory = make_readable(replica, process.boot_id, process.failpoints, config.staging_memory)
+    source = memory.source
+    shared = None
+    if memory.fd is not None and offers_shared_memory(config):
+        shared = ShmBlockServer(source, memory.fd, process.secret)
     use = ucx.prepare(config.transports, config.require_rdma)
-    nixl = NixlMemory(source, use) if use is not NixlUse.NONE else None
-    info = process.describe(replica, await shared.start() if shared else "", nixl.info if nixl else None)
+    nixl = NixlMemory(source, use, memory.device) if use is not NixlUse.NONE else None
+    socket = await shared.start() if shared else ""
+    info = process.describe(replica, socket, nixl.info if nixl else None, source.num_blocks)
     limits = PrefillLimits(max_prompt_tokens=identity.max_model_len, max_tickets=config.max_num_requests)
-    server = PrefillServer(info, backend, source, limits, HeldTokens(config.max_held_tokens))
+    server = PrefillServer(info, backend, source, limits, HeldTokens(config.max_held_tokens), memory.exposure)
     backend.connect(server.deliver)
 
     def on_crash() -> None:

@@ -1,4 +1,7 @@
-"""`python -m tests.fake_worker prefill|decode ...`: a real worker process over a fake model, up in a second."""
+"""`python -m tests.fake_worker prefill|decode ...`: a real worker process over a fake model, up in a second.
+
+`prefill+device`: with KV as on a device, where no transport may touch it.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from workerkit.process import run_process
 
 
 def main() -> None:
-    role, arguments = sys.argv[1], sys.argv[2:]
-    model = FakeModel(step_s=0.01)
+    (role, _, where), arguments = sys.argv[1].partition("+"), sys.argv[2:]
+    model = FakeModel(step_s=0.01, on_device=where == "device")
     if role == "prefill":
         prefill = load(PrefillConfig, prog="fake prefill", argv=arguments)
         run_process(lambda process: prefill_worker.serve(prefill, process), prefill, pb.ROLE_PREFILL, model)

@@ -23,10 +23,19 @@ import pytest
 from decode_service import worker as decode_worker_module
 from decode_service.config import DecodeConfig
 from engine.config import EngineConfig
-from engine.dispatch import Device, Kernels
+from engine.dispatch import Device, Kernels, KVPlace
 from engine.engine import Engine
 from engine.fake_runner import FakeRunner
-from engine.worker import OnProgress, Replica, ReplicaIdentity, ReplicaSpec, layout_fingerprint
+from engine.kernels.block_digest.reference import block_digest
+from engine.worker import (
+    DEVICE_DIGEST_KIND,
+    DIGEST_KIND,
+    OnProgress,
+    Replica,
+    ReplicaIdentity,
+    ReplicaSpec,
+    layout_fingerprint,
+)
 from kvtransfer import nixl_agent
 from kvtransfer.liveness import HEARTBEAT_INTERVAL_S
 from kvtransfer.protocol import baton_pb2 as pb
@@ -50,6 +59,8 @@ SECRET = "correct horse"
 class FakeKV:
     """KV memory of a FakeRunner in a memfd, as engine.kv_memory.KVMemory has it."""
 
+    place = KVPlace.HOST
+
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
         self.num_blocks, self.block_bytes = num_blocks, block_bytes
         self.fd = sealed_memory("fake-kv", num_blocks * block_bytes)
@@ -58,6 +69,33 @@ class FakeKV:
 
     def block(self, block_id: int) -> memoryview:
         return self.buffer[block_id * self.block_bytes : (block_id + 1) * self.block_bytes]
+
+
+class FakeDeviceKV:
+    """KV memory of a FakeRunner that transports cannot reach, as engine.device_kv.DeviceKVMemory has it."""
+
+    place = KVPlace.DEVICE
+    device_id = None
+
+    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+        self.num_blocks, self.block_bytes = num_blocks, block_bytes
+        self.rows = np.zeros((num_blocks + 1, block_bytes), np.uint8)
+        self.address = self.rows.ctypes.data
+
+    def pin(self, memory: memoryview) -> None: ...
+
+    def wait_for_writes(self) -> None: ...
+
+    def copy_out(self, block_ids: Sequence[int], into: Sequence[memoryview]) -> None:
+        for block_id, memory in zip(block_ids, into, strict=True):
+            memory[:] = self.rows[block_id].data
+
+    def copy_in(self, sources: Sequence[memoryview], block_ids: Sequence[int]) -> None:
+        for memory, block_id in zip(sources, block_ids, strict=True):
+            self.rows[block_id].data[:] = memory
+
+    def digests(self, block_ids: Sequence[int]) -> list[bytes]:
+        return [block_digest(self.rows[block_id].data) for block_id in block_ids]
 
 
 @dataclass(frozen=True)
@@ -69,12 +107,13 @@ class FakeModel:
     digest: str = "fake"
     step_s: float = 0.0
     overrides: dict[str, Any] = field(default_factory=dict[str, Any])
+    on_device: bool = False  # KV where no transport may touch it, as in a GPU's memory
+    digests_on_device: bool = False
 
     def __call__(self, spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
         num_host_blocks = self.overrides.get("num_host_blocks", 0)
         runner = _SlowRunner(self.num_blocks, BLOCK_SIZE, self.step_s, num_host_blocks)
-        kv = FakeKV(self.num_blocks, runner.block_bytes)
-        runner.slots = np.frombuffer(kv.buffer, dtype=np.uint64).reshape(self.num_blocks, BLOCK_SIZE)
+        kv = self._kv(runner)
         config = EngineConfig(
             num_blocks=self.num_blocks,
             block_size=BLOCK_SIZE,
@@ -84,7 +123,8 @@ class FakeModel:
             chunk_size=8,
             **self.overrides,
         )
-        layout = layout_fingerprint(self.digest, "uint64", BLOCK_SIZE)
+        digest_kind = DEVICE_DIGEST_KIND if self.digests_on_device else DIGEST_KIND
+        layout = layout_fingerprint(self.digest, "uint64", BLOCK_SIZE, digest_kind)
         identity = ReplicaIdentity(
             layout_fingerprint=layout,
             numerics_fingerprint=layout,
@@ -97,8 +137,19 @@ class FakeModel:
             kv_dtype="uint64",
             kernels=Kernels.REFERENCE,
             device=Device.CPU,
+            digests_on_device=self.digests_on_device,
         )
-        return Replica(identity, Engine(config, runner), kv, {})  # type: ignore[arg-type]  # FakeKV has what is used of KVMemory
+        return Replica(identity, Engine(config, runner), kv, {})
+
+    def _kv(self, runner: FakeRunner) -> Any:
+        """What is used of KVMemory or of DeviceKVMemory."""
+        if not self.on_device:
+            kv = FakeKV(self.num_blocks, runner.block_bytes)
+            runner.slots = np.frombuffer(kv.buffer, dtype=np.uint64).reshape(self.num_blocks, BLOCK_SIZE)
+            return kv
+        device_kv = FakeDeviceKV(self.num_blocks, runner.block_bytes)
+        runner.slots = device_kv.rows.view(np.uint64)
+        return device_kv
 
 
 class _SlowRunner(FakeRunner):

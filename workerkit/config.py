@@ -7,12 +7,14 @@ from pathlib import Path
 
 from engine.dispatch import Device, Kernels
 from kvtransfer.auth import Secret
-from kvtransfer.negotiation import AUTO, WAYS, check_ways
+from kvtransfer.negotiation import AUTO, NIXL, WAYS, check_ways
 from registry.config import RegistryConfig
 from registry.entry import is_revision, is_worker_id
 from registry.keeper import LEASE_S
 from servicekit.config import ConfigError, option, parse_address, parse_bytes, power_of_two
 from servicekit.lifecycle import read_secret
+
+STAGED, DIRECT = "staged", "direct"
 
 
 def bytes_or_auto(text: str) -> int | None:
@@ -51,7 +53,7 @@ class WorkerConfig(RegistryConfig):
     )
     device: Device | None = option(
         None,
-        help="where weights and KV are; auto: cpu; cuda is refused, its memory is not managed yet",
+        help="where weights and KV are; auto: cpu; cuda was never run on a GPU yet",
         parse=_device_or_auto,
         metavar="auto|cpu|cuda",
     )
@@ -82,6 +84,21 @@ class WorkerConfig(RegistryConfig):
     kv_memory: int | None = option(
         None, help="bytes of KV memory, or auto", parse=bytes_or_auto, metavar="BYTES|auto", minimum=1
     )
+    gpu_memory_fraction: float = option(
+        0.0, help="share of the GPU's memory for this worker; 0: 0.9 divided by --workers-on-host", minimum=0, maximum=1
+    )
+    staging_memory: int | None = option(
+        None,
+        help="bytes of host memory that KV passes through from and to a GPU's memory, or auto",
+        parse=bytes_or_auto,
+        metavar="BYTES|auto",
+        minimum=1,
+    )
+    gpu_transfer: str = option(
+        STAGED,
+        help="how KV in a GPU's memory moves: through host memory, or read by nixl where it lies; equal at P and D",
+        choices=(STAGED, DIRECT),
+    )
     workers_on_host: int = option(1, help="workers that share this host's memory and cores", minimum=1, maximum=1024)
     block_size: int = option(16, help="tokens per KV block", minimum=1, maximum=1024, check=power_of_two)
     max_num_seqs: int = option(64, help="sequences in one batch", minimum=1, maximum=65536)
@@ -102,6 +119,9 @@ class WorkerConfig(RegistryConfig):
     def __post_init__(self) -> None:
         if wrong := check_ways(self.transports, self.require_rdma):
             raise ConfigError(wrong)
+        if self.gpu_transfer == DIRECT and (self.device is not Device.CUDA or self.transports != (NIXL,)):
+            device, ways = self.device or "auto", ",".join(self.transports)
+            raise ConfigError(f"gpu_transfer = direct needs device cuda and transports nixl, not {device} and {ways}")
 
     @property
     def served_model_id(self) -> str:

@@ -79,6 +79,7 @@ def worker_info(
     host_id: str,
     shared_memory_socket: str,
     nixl: pb.NixlMemory | None,
+    num_readable_blocks: int,
     version: str,
     revision: str,
 ) -> pb.WorkerInfo:
@@ -93,7 +94,7 @@ def worker_info(
         max_model_len=identity.max_model_len,
         block_size=identity.block_size,
         block_bytes=identity.block_bytes,
-        num_blocks=identity.num_blocks,
+        num_blocks=num_readable_blocks,
         shared_memory_socket=shared_memory_socket,
         nixl=nixl,
         host_id=host_id,

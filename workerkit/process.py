@@ -38,6 +38,7 @@ from servicekit.health import HealthState, HttpServer, Phase, ProgressWatch, hea
 from servicekit.metrics import Metrics
 from workerkit.config import WorkerConfig
 from workerkit.engine_client import EngineClient
+from workerkit.gpu_transfer import reads_device_memory
 from workerkit.messages import worker_info
 from workerkit.metrics import count_startup, show_registries
 
@@ -135,8 +136,13 @@ class WorkerProcess:
         return await loaded
 
     def describe(
-        self, replica: Replica, shared_memory_socket: str = "", nixl: pb.NixlMemory | None = None
+        self,
+        replica: Replica,
+        shared_memory_socket: str = "",
+        nixl: pb.NixlMemory | None = None,
+        num_readable_blocks: int = 0,
     ) -> pb.WorkerInfo:
+        """`num_readable_blocks`: how many blocks others may read, by the ids that are published."""
         self._layout_fingerprint = replica.identity.layout_fingerprint
         return worker_info(
             replica.identity,
@@ -147,6 +153,7 @@ class WorkerProcess:
             host_id=self.host_id,
             shared_memory_socket=shared_memory_socket,
             nixl=nixl,
+            num_readable_blocks=num_readable_blocks,
             version=_version(),
             revision=self.config.revision,
         )
@@ -260,6 +267,8 @@ class WorkerProcess:
             max_num_batched_tokens=config.max_num_batched_tokens,
             prefix_caching=config.prefix_caching,
             workers_on_host=config.workers_on_host,
+            gpu_memory_fraction=config.gpu_memory_fraction,
+            digests_on_device=reads_device_memory(config),
         )
 
     def _note_progress(self, phase: LoadPhase, fraction: float) -> None:

@@ -23,7 +23,8 @@ from kvtransfer import nixl_agent, rpc
 from kvtransfer.auth import Secret, SecretInterceptor
 from kvtransfer.fake_backend import FakePrefillBackend
 from kvtransfer.nixl_transport import NixlMemory
-from kvtransfer.prefill_server import BlocksFilled, PrefillDone, PrefillServer
+from kvtransfer.prefill_events import BlocksFilled, PrefillDone
+from kvtransfer.prefill_server import PrefillServer
 from kvtransfer.prefill_side import HeldTokens, PrefillLimits
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.shm_transport import ShmBlockServer, host_id

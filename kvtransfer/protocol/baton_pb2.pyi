@@ -131,16 +131,18 @@ class WorkerInfo(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., boot_id: _Optional[bytes] = ..., model_id: _Optional[str] = ..., layout_fingerprint: _Optional[str] = ..., numerics_fingerprint: _Optional[str] = ..., deterministic: _Optional[bool] = ..., max_model_len: _Optional[int] = ..., block_size: _Optional[int] = ..., block_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., shared_memory_socket: _Optional[str] = ..., host_id: _Optional[str] = ..., max_num_seqs: _Optional[int] = ..., version: _Optional[str] = ..., revision: _Optional[str] = ..., nixl: _Optional[_Union[NixlMemory, _Mapping[str, object]]] = ...) -> None: ...
 
 class NixlMemory(_message.Message):
-    __slots__ = ("agent_metadata", "blocks_address", "control_address", "only_rdma")
+    __slots__ = ("agent_metadata", "blocks_address", "control_address", "only_rdma", "device_id")
     AGENT_METADATA_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     CONTROL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ONLY_RDMA_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
     agent_metadata: bytes
     blocks_address: int
     control_address: int
     only_rdma: bool
-    def __init__(self, agent_metadata: _Optional[bytes] = ..., blocks_address: _Optional[int] = ..., control_address: _Optional[int] = ..., only_rdma: _Optional[bool] = ...) -> None: ...
+    device_id: int
+    def __init__(self, agent_metadata: _Optional[bytes] = ..., blocks_address: _Optional[int] = ..., control_address: _Optional[int] = ..., only_rdma: _Optional[bool] = ..., device_id: _Optional[int] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("step_counter", "num_running", "num_waiting", "num_waiting_tokens", "num_blocks_free", "num_blocks_total", "draining", "prefill_tokens_per_s", "predicted_step_s", "num_promised", "num_filling", "num_held_tokens")

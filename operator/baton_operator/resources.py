@@ -442,7 +442,7 @@ class Engine(_Part):
     prefix_caching: bool = Field(default=True, description="keep finished blocks for prompts that begin alike")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="type of weights and KV in memory")
     device: Literal["cpu", "cuda"] | None = Field(
-        default=None, description="where workers keep weights and KV; default: cpu. cuda: workers refuse it for now"
+        default=None, description="where workers keep weights and KV; default: cpu. cuda: never run on a GPU yet"
     )
     kernels: Literal["native", "triton", "reference"] | None = Field(
         default=None,

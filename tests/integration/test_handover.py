@@ -351,7 +351,7 @@ async def test_a_bug_in_ps_handling_of_an_engine_event_fails_that_prompt_at_once
     async with connected(worker) as client:
         with monkeypatch.context() as patched:
             if breaks == "digest":
-                patched.setattr("kvtransfer.prefill_server.block_digest", broken)
+                patched.setattr("kvtransfer.exposure.block_digest", broken)
             elif breaks == "publish":
                 patched.setattr(worker.source, "publish", broken)
             else:

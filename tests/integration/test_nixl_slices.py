@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from kvtransfer import nixl_agent
-from kvtransfer.nixl_agent import NixlAgent, ReadState, open_agent
+from kvtransfer.nixl_agent import NixlAgent, ReadState, Region, open_agent
 
 pytestmark = pytest.mark.skipif(not nixl_agent.is_available(), reason="needs the extra nixl")
 
@@ -29,7 +29,7 @@ class Rank:
     def __init__(self, name: str, first_head: int, num_heads: int) -> None:
         self.first_head, self.num_heads = first_head, num_heads
         self.memory = np.zeros((NUM_BLOCKS, num_heads, HEAD_WORDS), np.uint64)
-        self.agent: NixlAgent = open_agent(name, [(self.address, self.memory.nbytes)])
+        self.agent: NixlAgent = open_agent(name, [Region(self.address, self.memory.nbytes)])
 
     @property
     def address(self) -> int:

@@ -117,14 +117,31 @@ def test_triton_on_the_cpu_means_its_interpreter_and_on_a_gpu_never(monkeypatch:
         enter(Dispatch(Kernels.TRITON, Device.CUDA, ""))
 
 
-def test_a_worker_refuses_a_gpu_until_it_can_keep_its_memory_there(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_sizes_its_kv_by_the_gpu_and_keeps_it_there(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as a machine without one goes: up to the allocation."""
+    from engine import device_kv, worker
+
+    asked = list[object]()
+
+    def refuse(shape: object, num_blocks: int, device: object) -> None:
+        asked.append((num_blocks, str(device)))
+        raise MemoryError
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(worker, "ThisMachine", lambda: FakeMachine(gpu_name=GPU))
+    monkeypatch.setattr(device_kv, "read_device_memory", lambda device: device_kv.DeviceMemory(8 << 30, 80 << 30))
+    monkeypatch.setattr(device_kv, "DeviceKVMemory", refuse)
+    spec = worker.ReplicaSpec(model=tiny_llama, device=Device.CUDA, max_num_seqs=2)
+    with pytest.raises(MemoryError):
+        worker.load_replica(spec, lambda phase, fraction: None)
+    assert asked == [(2 * 2048 // 16, "cuda")]
+
+
+def test_a_machine_without_a_gpu_says_so(tiny_llama: Path) -> None:
     from engine import worker
 
-    monkeypatch.setattr(worker, "ThisMachine", lambda: FakeMachine(gpu_name=GPU))
     spec = worker.ReplicaSpec(model=tiny_llama, device=Device.CUDA)
-    with pytest.raises(ConfigInvalid, match="cannot be kept in a GPU's memory yet"):
+    with pytest.raises(ConfigInvalid, match="this process sees no GPU"):
         worker.load_replica(spec, lambda phase, fraction: None)
 
 

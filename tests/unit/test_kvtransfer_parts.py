@@ -16,7 +16,8 @@ from kvtransfer.errors import FailureKind, TicketRefused, TransferFailure, Trans
 from kvtransfer.fake_backend import FakeBlock
 from kvtransfer.grpc_transport import TARGET_PIECE_BYTES, piece_bytes
 from kvtransfer.liveness import LivenessMonitor, Verdict
-from kvtransfer.prefill_server import DIGEST_GROUP_BLOCKS, BlocksFilled, PrefillDone, in_groups
+from kvtransfer.prefill_events import BlocksFilled, PrefillDone
+from kvtransfer.prefill_server import DIGEST_GROUP_BLOCKS, in_groups
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.transport import MAX_PIECE_BYTES, NOT_PUBLISHED, BlockSource, SourceBlock
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from engine.sizing import (
+    GPU_RESERVE_BYTES,
     RESERVE_BYTES,
     HostLimits,
     MemoryTooSmall,
+    derive_gpu_kv_size,
     derive_kv_size,
     derive_swap_size,
     derive_threads,
@@ -116,6 +118,37 @@ def test_a_request_overrides_the_derivation_and_a_cap_limits_it() -> None:
 def test_too_little_memory_is_refused_with_the_arithmetic() -> None:
     with pytest.raises(MemoryTooSmall, match=r"= 10 blocks, but one sequence .* needs 11"):
         derive_kv_size(HostLimits(GIB, GIB, 1), block_bytes=100, min_blocks=11, requested_bytes=1050)
+
+
+def test_workers_of_one_gpu_get_parts_that_fit_together_whichever_starts_first() -> None:
+    total, weights = 80 * GIB, 10 * GIB
+    how = {"block_bytes": 1024**2, "min_blocks": 1, "weight_bytes": weights, "workers_on_gpu": 2}
+    first = derive_gpu_kv_size(total, total, **how)
+    used = first.kv_bytes + 1024**2 + weights + GPU_RESERVE_BYTES
+    second = derive_gpu_kv_size(total - used, total, **how)
+    assert first.num_blocks == second.num_blocks == (36 * GIB - weights - GPU_RESERVE_BYTES) // 1024**2 - 1
+    assert 2 * used <= 0.9 * total
+    assert "min(GPU memory 81920 MiB * 0.9 / 2 workers, free 81920 MiB) - weights 10240 MiB" in first.explanation
+
+
+def test_what_others_hold_of_a_gpu_is_not_ours() -> None:
+    size = derive_gpu_kv_size(12 * GIB, 80 * GIB, block_bytes=1024**2, min_blocks=1, weight_bytes=GIB)
+    assert size.num_blocks == (11 * GIB - GPU_RESERVE_BYTES) // 1024**2 - 1
+
+
+def test_a_stated_fraction_replaces_the_even_one() -> None:
+    how = {"block_bytes": 1024**2, "min_blocks": 1, "weight_bytes": GIB, "workers_on_gpu": 4}
+    size = derive_gpu_kv_size(80 * GIB, 80 * GIB, fraction=0.5, **how)
+    assert size.num_blocks == (39 * GIB - GPU_RESERVE_BYTES) // 1024**2 - 1
+    assert "* 0.5, free" in size.explanation
+
+
+def test_a_gpu_that_is_too_small_is_refused_with_the_arithmetic_and_what_would_do() -> None:
+    how = {"block_bytes": 1024**2, "min_blocks": 100, "weight_bytes": 7 * GIB}
+    with pytest.raises(MemoryTooSmall, match=r"= 0 blocks, .* needs 100: .*gpu_memory_fraction, 105906176 bytes"):
+        derive_gpu_kv_size(8 * GIB, 8 * GIB, **how)
+    enough = derive_gpu_kv_size(8 * GIB, 8 * GIB, requested_bytes=105906176, **how)
+    assert enough.num_blocks == 100
 
 
 @pytest.mark.parametrize(("cpus", "workers", "threads"), [(8, 1, 8), (8, 3, 2), (2, 4, 1)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvtransfer import nixl_agent, ucx
-from kvtransfer.nixl_agent import NixlError
+from kvtransfer.nixl_agent import NixlError, Region
 from kvtransfer.transport import address_of
 
 RDMA = ("self/memory", "tcp/eth0", "rc_mlx5/mlx5_0:1")
@@ -35,7 +35,7 @@ def test_ucx_names_the_resources_of_this_machine() -> None:
 @pytest.mark.skipif(not nixl_agent.is_available(), reason="needs the extra nixl")
 def test_agent_metadata_is_bounded_before_native_code_reads_it() -> None:
     memory = memoryview(bytearray(4096))
-    agent = nixl_agent.open_agent("bounded", [(address_of(memory), 4096)])
+    agent = nixl_agent.open_agent("bounded", [Region(address_of(memory), 4096)])
     with pytest.raises(NixlError, match="the limit is"):
         agent.add_peer(bytes(nixl_agent.MAX_METADATA_BYTES + 1))
     agent.close()
