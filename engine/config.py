@@ -33,6 +33,8 @@ class EngineConfig:
     one step may take several such units of a prompt. `max_num_batched_tokens` bounds a step: decodes, then prompts.
     `vocab_size` bounds the token ids that requests may hold (0: whoever sends them has checked); one id beyond it would
     end the engine, not the request.
+    `reserve_ahead`: decoding sequences get a block one step before they need it, where one is left over: for runners
+    that look a step ahead.
     `cache_namespace` keys the prefix cache next to the tenant's salt: model id, digest and adapter.
     """
 
@@ -52,6 +54,7 @@ class EngineConfig:
     estimate_seed: int = 0
     max_held_tokens: int = 65536
     prefill_ageing: float = 0.5
+    reserve_ahead: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a configuration that could not make progress."""

@@ -367,6 +367,7 @@ class TwoEngines(RuleBasedStateMachine):
         chunk_size=st.sampled_from([4, 8, 16]),
         max_num_seqs=st.sampled_from([3, 8]),
         max_held_tokens=st.sampled_from([24, 1000]),
+        reserve_ahead=st.booleans(),
     )
     def begin(
         self,
@@ -376,8 +377,10 @@ class TwoEngines(RuleBasedStateMachine):
         chunk_size: int,
         max_num_seqs: int,
         max_held_tokens: int,
+        reserve_ahead: bool,
     ) -> None:
         common = {"max_model_len": 32, "prefix_caching": prefix_caching, "chunk_size": chunk_size}
+        common |= {"reserve_ahead": reserve_ahead}
         self.world = World(
             {**common, "num_blocks": num_blocks, "max_num_seqs": max_num_seqs, "constant_estimate": 2},
             {**common, "num_blocks": num_prefill_blocks, "max_held_tokens": max_held_tokens},
@@ -440,7 +443,7 @@ class TwoEngines(RuleBasedStateMachine):
             self.world.settle()
 
 
-TwoEngines.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TwoEngines.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestTwoEngines = TwoEngines.TestCase
 
 
