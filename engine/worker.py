@@ -25,7 +25,6 @@ from engine.messages import EngineRequest
 from engine.request import SamplingParams
 
 if TYPE_CHECKING:
-    from engine.batch import Runner
     from engine.engine import Engine
     from engine.kv_memory import KVMemory
     from engine.loading.region import PackedRegion
@@ -207,6 +206,7 @@ def _make_runner(
 ) -> tuple[ModelRunner, KVMemory]:
     """KV memory that fits beside the weights, and what runs batches over both."""
     from engine import sizing
+    from engine.buckets import DecodeLimits
     from engine.kv_memory import KVMemory
     from engine.runner import ModelRunner, kv_dtype, kv_shape
 
@@ -223,7 +223,7 @@ def _make_runner(
         max_blocks=blocks_per_sequence * spec.max_num_seqs,
     )
     log.info("KV memory: %s", size.explanation, extra={"num_threads": num_threads})
-    kv = KVMemory(shape, size.num_blocks)
+    kv = KVMemory(shape, size.num_blocks, has_dummy=dispatch.kernels is Kernels.TRITON)
     runner = ModelRunner(
         config,
         weights,
@@ -233,12 +233,13 @@ def _make_runner(
         num_threads=num_threads,
         dtype=spec.dtype,
         packed=packed,
+        limits=DecodeLimits(spec.max_num_seqs, _max_model_len(spec, config)),
     )
     return runner, kv
 
 
 def _make_engine(
-    spec: ReplicaSpec, config: ModelConfig, runner: Runner, num_blocks: int, max_model_len: int, digest: str
+    spec: ReplicaSpec, config: ModelConfig, runner: ModelRunner, num_blocks: int, max_model_len: int, digest: str
 ) -> Engine:
     from engine.engine import Engine
 
@@ -253,6 +254,7 @@ def _make_engine(
         prefix_caching=spec.prefix_caching,
         cache_namespace=digest.encode(),
         max_held_tokens=spec.max_held_tokens,
+        reserve_ahead=runner.looks_ahead,
     )
     return Engine(engine_config, runner)
 
