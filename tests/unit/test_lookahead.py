@@ -229,9 +229,7 @@ def test_blocks_are_reserved_ahead_only_where_they_are_left_over() -> None:
 def test_the_last_token_of_a_sequence_reserves_nothing_ahead() -> None:
     """Eight positions are computed, in two blocks: a third one would be for a token that is never fed."""
     world = World({"reserve_ahead": True, "num_blocks": 3, "max_model_len": 12, "prefix_caching": False})
-    client = world.add([3, 1, 2], SamplingParams(max_tokens=6, ignore_eos=True))
-    available: list[int] = []
-    while client.ended is None:
-        world.step_decode()
-        available.append(world.decode.load().num_blocks_free)
-    assert min(available) == 1
+    world.add([3, 1, 2], SamplingParams(max_tokens=6, ignore_eos=True))
+    world.settle()
+    pool = world.decode._memory.pool
+    assert sum(pool.generation(block) for block in range(3)) == 2, "how often any block was handed out"
