@@ -5,7 +5,9 @@ Native and reference are here; the Triton one is in engine/triton_backend.py, im
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,7 +17,7 @@ from engine.kernels.native.library import NativeContext
 from engine.kernels.native.program import StepArrays
 from engine.kernels.sampling import native as native_sampling
 from engine.kernels.sampling import reference as reference_sampling
-from engine.kernels.sampling.rows import Draws, SampleRow
+from engine.kernels.sampling.rows import Draws, SampleRow, empty_draws
 from engine.kv_memory import KVShape
 from engine.loading.region import PackedRegion, open_region
 from engine.models.native_ops import NativeDecoder
@@ -43,8 +45,19 @@ class KVStore(Protocol):
     def zero_slots(self, block_id: int, first_slot: int) -> None: ...
 
 
+class Pending(Protocol):
+    """Draws of a step that was launched."""
+
+    def draws(self) -> Draws:
+        """Waits for the step, not for what was launched after it."""
+        ...
+
+
 class Backend(Protocol):
-    """Weights and KV memory on a device, and what computes over them."""
+    """Weights and KV memory on a device, and what computes over them. What it is given is done in that order."""
+
+    feeds: bool
+    """Whether a step can be launched while the tokens that it is fed with are still being drawn."""
 
     @property
     def fingerprint(self) -> str:
@@ -56,18 +69,59 @@ class Backend(Protocol):
         """How often each attention kernel ran; of a backend with one for all, nothing."""
         ...
 
-    def forward(self, step: StepArrays) -> Tensor:
+    def launch(self, step: StepArrays, rows: list[SampleRow], sources: Sequence[int] | None = None) -> Pending:
+        """Write the step's KV and draw one token per row. With `sources`, token i is that draw of the step before."""
+        ...
+
+    def logits(self, step: StepArrays) -> Tensor:
         """Logits [sampled rows, vocab] of a step; valid until the next one."""
         ...
 
-    def sample(self, logits: Tensor, rows: list[SampleRow]) -> Draws:
-        """One token per row."""
+    def run(self, work: Callable[[], object]) -> None:
+        """Do something to the KV in order with the steps."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until all is done that was given."""
         ...
 
     def close(self) -> None: ...
 
 
-class NativeBackend:
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Draws that are there."""
+
+    drawn: Draws
+
+    def draws(self) -> Draws:
+        return self.drawn
+
+
+class _AtOnce(ABC):
+    """A backend on the host's own processor: what it is given is done when the call returns."""
+
+    feeds = False
+
+    @abstractmethod
+    def logits(self, step: StepArrays) -> Tensor: ...
+
+    @abstractmethod
+    def _sample(self, logits: Tensor, rows: list[SampleRow]) -> Draws: ...
+
+    def launch(self, step: StepArrays, rows: list[SampleRow], sources: Sequence[int] | None = None) -> Pending:
+        assert sources is None, "every token is known here"
+        logits = self.logits(step)
+        return Drawn(self._sample(logits, rows) if rows else empty_draws(rows))
+
+    def run(self, work: Callable[[], object]) -> None:
+        work()
+
+    def settle(self) -> None:  # noqa: B027, nothing is ever outstanding
+        """Return at once."""
+
+
+class NativeBackend(_AtOnce):
     """The C++ kernels, batch-invariant by construction (engine/kernels/native): a token's KV, logits and draw are the
     same bits whatever the chunking, the batch and the number of threads, so that deterministic mode costs nothing.
     """
@@ -88,10 +142,10 @@ class NativeBackend:
         self.fingerprint = f"native {self._context.library.build.key} {dtype}"
         self.attention_calls: Mapping[str, int] = {}
 
-    def forward(self, step: StepArrays) -> Tensor:
+    def logits(self, step: StepArrays) -> Tensor:
         return self._decoder.forward(step)
 
-    def sample(self, logits: Tensor, rows: list[SampleRow]) -> Draws:
+    def _sample(self, logits: Tensor, rows: list[SampleRow]) -> Draws:
         return native_sampling.sample(self._context, logits, rows)
 
     def close(self) -> None:
@@ -99,7 +153,7 @@ class NativeBackend:
         self._context.close()
 
 
-class ReferenceBackend:
+class ReferenceBackend(_AtOnce):
     """Plain torch. Slower, and its results depend on the batch, so deterministic mode refuses it."""
 
     def __init__(self, config: ModelConfig, weights: Mapping[str, SourceTensor], kv: KVStore) -> None:
@@ -107,10 +161,10 @@ class ReferenceBackend:
         self.fingerprint = f"reference torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
         self.attention_calls: Mapping[str, int] = {}
 
-    def forward(self, step: StepArrays) -> Tensor:
+    def logits(self, step: StepArrays) -> Tensor:
         return self._decoder.forward(step)
 
-    def sample(self, logits: Tensor, rows: list[SampleRow]) -> Draws:
+    def _sample(self, logits: Tensor, rows: list[SampleRow]) -> Draws:
         return reference_sampling.sample(logits.numpy(), rows)
 
     def close(self) -> None:

@@ -33,6 +33,8 @@ class EngineConfig:
     one step may take several such units of a prompt. `max_num_batched_tokens` bounds a step: decodes, then prompts.
     `vocab_size` bounds the token ids that requests may hold (0: whoever sends them has checked); one id beyond it would
     end the engine, not the request.
+    `reserve_ahead`: decoding sequences get a block one step before they need it, where one is left over: for runners
+    that look a step ahead.
     `cache_namespace` keys the prefix cache next to the tenant's salt: model id, digest and adapter.
     `num_host_blocks` is how many blocks host memory holds for preempted sequences (0: they are always computed again);
     `host_copy_s` is what copying one of them one way takes (0: so little that swapping always pays).
@@ -56,6 +58,7 @@ class EngineConfig:
     prefill_ageing: float = 0.5
     num_host_blocks: int = 0
     host_copy_s: float = 0.0
+    reserve_ahead: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a configuration that could not make progress."""

@@ -45,21 +45,25 @@ def check_shape(shape: KVShape, num_blocks: int) -> None:
 
 
 class KVMemory:
-    """All KV blocks of a worker. `fd` may be passed on; `block(i)` is writable memory of this process."""
+    """All KV blocks of a worker. `fd` may be passed on; `block(i)` is writable memory of this process.
+
+    With `has_dummy` the tensor has one block more, behind all others: where a step's padding writes.
+    """
 
     place: Final[Literal[KVPlace.HOST]] = KVPlace.HOST
 
-    def __init__(self, shape: KVShape, num_blocks: int) -> None:
+    def __init__(self, shape: KVShape, num_blocks: int, *, has_dummy: bool = False) -> None:
         check_shape(shape, num_blocks)
         self.shape = shape
         self.num_blocks = num_blocks
         self.block_size = shape.block_size
         self.block_bytes = shape.block_bytes
-        self.fd = _anonymous_file(num_blocks * self.block_bytes)
-        self._mapping = mmap.mmap(self.fd, num_blocks * self.block_bytes)
-        self.buffer = memoryview(self._mapping)
+        num_rows = num_blocks + has_dummy
+        self.fd = _anonymous_file(num_rows * self.block_bytes)
+        self._mapping = mmap.mmap(self.fd, num_rows * self.block_bytes)
+        self.buffer = memoryview(self._mapping)[: num_blocks * self.block_bytes]
         self.tensor: Tensor = torch.frombuffer(self._mapping, dtype=getattr(torch, shape.dtype)).view(
-            num_blocks, shape.num_kv_heads, shape.num_layers, 2, shape.block_size, shape.head_dim
+            num_rows, shape.num_kv_heads, shape.num_layers, 2, shape.block_size, shape.head_dim
         )
 
     @property

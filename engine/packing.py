@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from engine.batch import Batch, Chunk
+from engine import request
+from engine.batch import Chunk
 from engine.kernels.native.program import StepArrays
 from engine.kernels.sampling.rows import Draws, SampleRow
 from engine.models.rope import RopeTable
-from engine.request import SampledToken, Sequence
+from engine.request import SampledToken
 from engine.token_counts import TokenCounts
 from modelfiles.config import ModelConfig
 
 
-def pack_step(batch: Batch, rope: RopeTable, vocab_size: int) -> StepArrays:
-    """Lay the chunks one after another, without padding."""
-    chunks = batch.chunks
+def pack_step(chunks: Sequence[Chunk], rope: RopeTable, vocab_size: int, *, is_fed: bool = False) -> StepArrays:
+    """Lay the chunks one after another, without padding. `is_fed`: their tokens are on the device, and zeros here."""
     tokens: list[int] = []
     tables = [np.asarray(chunk.sequence.block_table, np.int32) for chunk in chunks]
     starts, sampled = [0], []
     for chunk in chunks:
         end = chunk.start + chunk.num_tokens
-        tokens += chunk.sequence.token_ids[chunk.start : end]
+        tokens += [0] * chunk.num_tokens if is_fed else chunk.sequence.token_ids[chunk.start : end]
         starts.append(len(tokens))
         if chunk.samplers:
             sampled.append(len(tokens) - 1)
     rope.ensure(max(chunk.start + chunk.num_tokens for chunk in chunks))
     token_ids = np.array(tokens, np.int32)
-    assert len(token_ids) == batch.num_tokens
+    assert len(token_ids) == sum(chunk.num_tokens for chunk in chunks)
     assert 0 <= token_ids.min() <= token_ids.max() < vocab_size
     return StepArrays(
         token_ids=token_ids,
@@ -41,9 +43,9 @@ def pack_step(batch: Batch, rope: RopeTable, vocab_size: int) -> StepArrays:
     )
 
 
-def sample_rows(batch: Batch, config: ModelConfig) -> list[tuple[Sequence, SampleRow]]:
+def sample_rows(chunks: Sequence[Chunk], config: ModelConfig) -> list[tuple[request.Sequence, SampleRow]]:
     """Who draws, and how: one row per sampler, in order of chunks and samplers."""
-    sampled = (chunk for chunk in batch.chunks if chunk.samplers)
+    sampled = (chunk for chunk in chunks if chunk.samplers)
     return [
         (sampler, _sample_row(i, sampler, chunk, config))
         for i, chunk in enumerate(sampled)
@@ -51,7 +53,7 @@ def sample_rows(batch: Batch, config: ModelConfig) -> list[tuple[Sequence, Sampl
     ]
 
 
-def sampled_token(draws: Draws, i: int, sampler: Sequence) -> SampledToken:
+def sampled_token(draws: Draws, i: int, sampler: request.Sequence) -> SampledToken:
     """Row `i` of the draws, with as many logprobs as its sampler wants."""
     wanted = sampler.sampling.num_logprobs
     if wanted < 0:
@@ -61,7 +63,7 @@ def sampled_token(draws: Draws, i: int, sampler: Sequence) -> SampledToken:
     return SampledToken(sampler.sequence_id, int(draws.tokens[i]), float(draws.logprobs[i]), top)
 
 
-def _sample_row(logits_row: int, sampler: Sequence, chunk: Chunk, config: ModelConfig) -> SampleRow:
+def _sample_row(logits_row: int, sampler: request.Sequence, chunk: Chunk, config: ModelConfig) -> SampleRow:
     params = sampler.sampling
     position = chunk.start + chunk.num_tokens
     banned: tuple[int, ...] = ()
@@ -86,6 +88,6 @@ def _sample_row(logits_row: int, sampler: Sequence, chunk: Chunk, config: ModelC
     )
 
 
-def _seen(sampler: Sequence, position: int) -> TokenCounts:
+def _seen(sampler: request.Sequence, position: int) -> TokenCounts:
     assert position == len(sampler.token_ids), "drawn for another position than the one behind all known tokens"
     return sampler.counts.advance(sampler.token_ids, sampler.num_prompt_tokens)

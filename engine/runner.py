@@ -1,18 +1,27 @@
-"""Run batches: pack the step, one forward pass, draw. On whichever kernels were chosen (engine/dispatch.py)."""
+"""Run batches: pack the step, one forward pass, draw. On whichever kernels were chosen (engine/dispatch.py).
+
+Where the backend can feed a step with draws that are not there yet, batches run a step ahead (engine/lookahead.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
-from engine.backend import Backend, KVStore, NativeBackend, ReferenceBackend
-from engine.batch import Batch
+from engine import request
+from engine.backend import Backend, KVStore, NativeBackend, Pending, ReferenceBackend
+from engine.batch import Batch, Chunk
+from engine.buckets import DecodeLimits
+from engine.cuda_device import DeviceQueue
 from engine.dispatch import Kernels
 from engine.kernels.native.build import KernelsUnavailable
 from engine.kernels.native.program import StepArrays
 from engine.kv_memory import KVShape
 from engine.loading.region import PackedRegion
+from engine.lookahead import Lookahead
 from engine.models.rope import RopeTable
 from engine.models.weights import SourceTensor
 from engine.packing import pack_step, sample_rows, sampled_token
@@ -44,8 +53,14 @@ class ModelRunner:
         dtype: str = "float32",
         packed: PackedRegion | None = None,
         swap: SwapMemory | None = None,
+        limits: DecodeLimits | None = None,
+        queue: DeviceQueue | None = None,
     ) -> None:
-        """Native kernels use the `packed` weights, or pack `weights` for this process alone. Raises: RunnerError."""
+        """Native kernels use the `packed` weights, or pack `weights` for this process alone.
+
+        Triton kernels run decodes within `limits` as graphs and a step ahead; `queue` is the device's unless given.
+        Raises: RunnerError.
+        """
         if dtype not in DTYPES:
             raise RunnerError(f"dtype {dtype!r} is not supported (known: {', '.join(DTYPES)})")
         expected = kv_shape(config, kv.block_size, kv_dtype(kernels, dtype))
@@ -56,31 +71,55 @@ class ModelRunner:
         self._swap = swap
         self._rope = RopeTable(config)
         self._backend = _make_backend(
-            config, weights, kv, self._rope, kernels, deterministic, num_threads, dtype, packed
+            config, weights, kv, self._rope, kernels, deterministic, num_threads, dtype, packed, limits, queue
         )
+        self._lookahead: Lookahead | None = None
+        if limits is not None and self._backend.feeds:
+            self._lookahead = Lookahead(self._launch, kv.block_size, limits.max_model_len)
 
     def execute(self, batch: Batch) -> list[SampledToken]:
-        """Copy blocks, run one forward pass over all chunks, draw one token per sampler."""
-        if self._swap is not None:
+        """Copy blocks, run one forward pass over all chunks, draw one token per sampler.
+
+        Its KV is written when this returns, and so is all that went before; a step ahead may still be at work.
+        """
+        if self._swap is not None and (batch.swap_outs or batch.swap_ins):
+            self.settle()  # a step ahead that nobody wants any more may yet write to a block that is swapped into
             self._swap.start(batch.swap_outs, batch.swap_ins)
         for source, destination in batch.copies:
-            self._kv.copy_block(source, destination)
+            self._backend.run(partial(self._kv.copy_block, source, destination))
         if not batch.chunks:
+            self.settle()
             return []
-        logits = self._backend.forward(self._pack(batch))
-        wanted = sample_rows(batch, self._config)
-        if not wanted:
-            return []
-        draws = self._backend.sample(logits, [row for _, row in wanted])
-        return [sampled_token(draws, i, sampler) for i, (sampler, _) in enumerate(wanted)]
+        if self._lookahead is not None:
+            return self._lookahead.execute(batch.chunks)
+        return self._launch(batch.chunks, None).tokens()
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of the chunks that have samplers, as a copy: what tests compare."""
-        return self._backend.forward(self._pack(batch)).clone()
+        return self._backend.logits(self._pack(batch.chunks)).clone()
 
     def zero_slots(self, block_id: int, first_slot: int) -> None:
         """Zero the slots of a block from `first_slot` on, in every layer."""
-        self._kv.zero_slots(block_id, first_slot)
+        self._backend.run(partial(self._kv.zero_slots, block_id, first_slot))
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for all work in flight.
+
+        Call it before KV is read or written by another way than this runner's: before a freed block is filled by a
+        transfer or a swap, above all, since a step ahead may still write to it.
+        """
+        self._backend.settle()
+
+    @property
+    def num_steps_ahead(self) -> int:
+        """How many batches came as they had been predicted."""
+        return self._lookahead.num_hits if self._lookahead is not None else 0
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether sequences should have the slot after a step's before they need it (EngineConfig.reserve_ahead)."""
+        return self._lookahead is not None
 
     def numerics_fingerprint(self) -> str:
         """Names everything of this runner that could change a bit: kernels, compiler, device, dtype."""
@@ -95,8 +134,26 @@ class ModelRunner:
         """Stop the kernel threads."""
         self._backend.close()
 
-    def _pack(self, batch: Batch) -> StepArrays:
-        return pack_step(batch, self._rope, self._config.vocab_size)
+    def _launch(self, chunks: tuple[Chunk, ...], sources: Sequence[int] | None) -> _Flight:
+        step = self._pack(chunks, is_fed=sources is not None)
+        wanted = sample_rows(chunks, self._config)
+        pending = self._backend.launch(step, [row for _, row in wanted], sources)
+        return _Flight(pending, [sampler for sampler, _ in wanted])
+
+    def _pack(self, chunks: Sequence[Chunk], *, is_fed: bool = False) -> StepArrays:
+        return pack_step(chunks, self._rope, self._config.vocab_size, is_fed=is_fed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step in the backend's hands."""
+
+    pending: Pending
+    samplers: list[request.Sequence]
+
+    def tokens(self) -> list[SampledToken]:
+        draws = self.pending.draws()
+        return [sampled_token(draws, i, sampler) for i, sampler in enumerate(self.samplers)]
 
 
 def kv_dtype(kernels: Kernels, dtype: str) -> str:
@@ -119,6 +176,8 @@ def _make_backend(
     num_threads: int,
     dtype: str,
     packed: PackedRegion | None,
+    limits: DecodeLimits | None,
+    queue: DeviceQueue | None,
 ) -> Backend:
     match kernels:
         case Kernels.NATIVE:
@@ -129,7 +188,7 @@ def _make_backend(
         case Kernels.TRITON:
             from engine.triton_backend import TritonBackend  # imports Triton, which a machine may lack
 
-            return TritonBackend(config, weights, kv, rope, deterministic, num_threads)
+            return TritonBackend(config, weights, kv, rope, deterministic, num_threads, limits, queue)
         case Kernels.REFERENCE:
             if deterministic:
                 raise RunnerError("deterministic mode needs native or triton kernels; reference kernels were asked for")

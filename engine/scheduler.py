@@ -225,6 +225,8 @@ class Scheduler:
             self._admit(plan)
         if self.prefilling and not plan.decodes and not plan.prompts and not plan.swapped_in:
             self._preempt_one()  # logs of forks wait for each other's blocks
+        if self._config.reserve_ahead and not self._reserving:
+            self._reserve_ahead(plan)
         plan.swap_outs, plan.swap_ins = self._memory.take_copies()
         return plan
 
@@ -252,6 +254,17 @@ class Scheduler:
         else:
             plan.decodes = list(self.decoding.values())
         plan.budget -= len(plan.decodes)
+
+    def _reserve_ahead(self, plan: Plan) -> None:
+        """Give decodes the slot after this step's, where it takes a block that nobody else asked for in this step.
+
+        They would take it in the next step, before anyone else, so it is missed by none.
+        """
+        for sequence in plan.decodes:
+            end = sequence.num_computed_tokens + 2
+            lives = end - sequence.num_prompt_tokens < sequence.max_output_tokens
+            if end > sequence.num_slots and lives and self._pool.num_available:
+                self._memory.grow(sequence, end)
 
     def _plan_prompt(self, plan: Plan, sequence: ScheduledSequence, allowed_end: int) -> None:
         start = sequence.num_computed_tokens

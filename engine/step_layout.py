@@ -7,6 +7,7 @@ their offsets follow from `StepSizes` alone, so a captured graph finds the input
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,10 +52,15 @@ class ArrayPlace:
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
-    """The places of DeviceStep's arrays; `prefill_starts` are `cu_seqlens_q` of the prompt chunks alone."""
+    """The places of DeviceStep's arrays.
+
+    `prefill_starts` are `cu_seqlens_q` of the prompt chunks alone. `token_sources`: the draw of the step before that is
+    a row's token; -1: it is in `token_ids`.
+    """
 
     slot_mapping: ArrayPlace
     token_ids: ArrayPlace
+    token_sources: ArrayPlace
     positions: ArrayPlace
     cu_seqlens_q: ArrayPlace
     prefill_starts: ArrayPlace
@@ -78,6 +84,18 @@ def sizes_of(step: StepArrays, block_size: int) -> StepSizes:
     )
 
 
+def decode_sizes(num_sequences: int, max_seq_len: int, block_size: int) -> StepSizes:
+    """The sizes of a step that has room for so many decodes, each of at most `max_seq_len` tokens."""
+    num_blocks = -(-max_seq_len // block_size)
+    return StepSizes(
+        num_tokens=num_sequences,
+        num_sequences=num_sequences,
+        num_decodes=num_sequences,
+        num_sampled=num_sequences,
+        max_blocks=-(-num_blocks // _TABLE_COLUMNS) * _TABLE_COLUMNS,
+    )
+
+
 def lay_out(sizes: StepSizes) -> StepLayout:
     """Places one after another."""
     end = 0
@@ -91,6 +109,7 @@ def lay_out(sizes: StepSizes) -> StepLayout:
     places = {
         "slot_mapping": place("int64", sizes.num_tokens),
         "token_ids": place("int32", sizes.num_tokens),
+        "token_sources": place("int32", sizes.num_tokens),
         "positions": place("int32", sizes.num_tokens),
         "cu_seqlens_q": place("int32", sizes.num_sequences + 1),
         "prefill_starts": place("int32", sizes.num_prefills + 1),
@@ -102,9 +121,15 @@ def lay_out(sizes: StepSizes) -> StepLayout:
 
 
 def write_step(
-    step: StepArrays, block_size: int, sizes: StepSizes, layout: StepLayout, dummy_block: int, memory: np.ndarray
+    step: StepArrays,
+    block_size: int,
+    sizes: StepSizes,
+    layout: StepLayout,
+    dummy_block: int,
+    memory: np.ndarray,
+    sources: Sequence[int] | None = None,
 ) -> None:
-    """Write a step's arrays into `memory`; every element of every array is written.
+    """Write a step's arrays into `memory`; every element of every array is written. `sources`: of all its tokens.
 
     `sizes` may be larger than the step's if all its sequences decode: the rest are padding sequences of one token,
     whose KV goes to the dummy block, who attend to nothing (`seq_lens` 0) and whose logits nobody reads.
@@ -121,6 +146,10 @@ def write_step(
     _write(layout.slot_mapping, memory, blocks * block_size + positions % block_size)
     layout.slot_mapping.of(memory)[num_tokens:] = dummy_block * block_size + np.arange(padding) % block_size
     _write(layout.token_ids, memory, step.token_ids)
+    token_sources = layout.token_sources.of(memory)
+    token_sources[:] = -1
+    if sources is not None:
+        token_sources[:num_tokens] = sources
     _write(layout.positions, memory, positions)
     starts = layout.cu_seqlens_q.of(memory)
     starts[: num_sequences + 1] = step.query_starts

@@ -1,11 +1,13 @@
 """The Triton kernels behind the runner: inputs to the device, one forward pass, draws there, tokens back.
 
-Importing this imports Triton; engine/dispatch.py decides whether that happens, and sets up its interpreter first.
+A launch enqueues and returns; its tokens come by one copy, and whoever reads them waits for that copy alone. Importing
+this imports Triton; engine/dispatch.py decides whether that happens, and sets up its interpreter first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,19 +15,27 @@ import triton
 from torch import Tensor
 
 from engine.backend import KVStore
-from engine.kernels.device_step import DeviceStep
+from engine.buckets import DecodeLimits
+from engine.cuda_device import DeviceQueue, Mark, Work, queue_of
+from engine.decode_graphs import DecodeGraphs
 from engine.kernels.native.program import StepArrays
-from engine.kernels.sampling.launch import sample
+from engine.kernels.sampling.launch import sample_packed
+from engine.kernels.sampling.packed_rows import Results, RowLayout, results_bytes
 from engine.kernels.sampling.rows import Draws, SampleRow
 from engine.models.rope import RopeTable
-from engine.models.triton_ops import DECODE_KERNEL, PREFILL_KERNEL, StepPart, TritonDecoder
+from engine.models.triton_ops import TritonDecoder
 from engine.models.weights import SourceTensor
-from engine.step_layout import ArrayPlace, StepLayout, StepSizes, lay_out, sizes_of, write_step
+from engine.step_layout import lay_out, sizes_of, write_step
+from engine.step_tensors import feed, parts_of, step_of, view_of
 from modelfiles.config import ModelConfig
 
 
 class TritonBackend:
-    """Weights and computation on the device of the KV memory."""
+    """Weights and computation on the device of the KV memory.
+
+    With `limits`, and a dummy block in the KV memory, decodes run as graphs, and steps may be fed with the draws of the
+    step before.
+    """
 
     def __init__(
         self,
@@ -35,80 +45,116 @@ class TritonBackend:
         rope: RopeTable,
         deterministic: bool,
         num_threads: int,
+        limits: DecodeLimits | None,
+        queue: DeviceQueue | None,
     ) -> None:
         torch.set_num_threads(num_threads)
+        self._queue = queue or queue_of(kv.tensor.device)
         self._block_size = kv.block_size
+        self._vocab_size = config.vocab_size
         self._decoder = TritonDecoder(config, weights, kv.tensor, rope, deterministic=deterministic)
-        where = f"interpreter numpy {np.__version__}"
+        most = limits.max_num_seqs if limits is not None else 0
+        self._drawn = torch.zeros(most, dtype=torch.int32, device=self._queue.device)
+        self._graphs: DecodeGraphs | None = None
+        if limits is not None and kv.tensor.shape[0] > kv.num_blocks:
+            self._graphs = DecodeGraphs(
+                self._queue, self._decoder, limits, self._drawn, dummy_block=kv.num_blocks, vocab_size=self._vocab_size
+            )
+        self.feeds = limits is not None
         mode = "deterministic" if deterministic else "fast"
-        self.fingerprint = f"triton {triton.__version__} torch {torch.__version__} {where} {kv.shape.dtype} {mode}"
+        self.fingerprint = (
+            f"triton {triton.__version__} torch {torch.__version__} {self._queue.description} {kv.shape.dtype} {mode}"
+        )
 
     @property
     def attention_calls(self) -> Mapping[str, int]:
         return self._decoder.attention_calls
 
-    def forward(self, step: StepArrays) -> Tensor:
+    def launch(self, step: StepArrays, rows: list[SampleRow], sources: Sequence[int] | None = None) -> PendingDraws:
         sizes = sizes_of(step, self._block_size)
-        layout = lay_out(sizes)
-        memory = torch.empty(layout.num_bytes, dtype=torch.uint8)
-        write_step(step, self._block_size, sizes, layout, 0, memory.numpy())
-        lengths = np.diff(step.query_starts)
-        seq_lens = step.positions + lengths
-        device_step = step_of(layout, memory, int(lengths.max()), int(seq_lens.max()))
-        parts = parts_of(device_step, layout, memory, sizes)
-        self._decoder.count(parts)
-        return self._decoder.forward(device_step, parts)
+        max_seq_len = int((step.positions + np.diff(step.query_starts)).max())
+        graph = self._graphs.find(sizes, max_seq_len) if self._graphs is not None else None
+        if graph is None:
+            return self._draw(self._forward(step, sources), rows)
+        assert self._graphs is not None
+        if self._graphs.launch(graph, step, rows, sources):
+            return self._bring(lambda: graph.results, len(rows), graph.results.num_slots, 0)
+        return self._draw(lambda: graph.logits, rows)
 
-    def sample(self, logits: Tensor, rows: list[SampleRow]) -> Draws:
-        return sample(logits, rows)
+    def logits(self, step: StepArrays) -> Tensor:
+        get = self._forward(step, None)
+        self.settle()
+        return get()
+
+    def run(self, work: Work) -> None:
+        self._queue.run(work)
+
+    def settle(self) -> None:
+        self._queue.mark().wait()
 
     def close(self) -> None:
-        """Nothing is open."""
+        self.settle()
+
+    def _forward(self, step: StepArrays, sources: Sequence[int] | None) -> Callable[[], Tensor]:
+        """Enqueue a forward pass without a graph; the logits are there once the queue has come to it."""
+        sizes = sizes_of(step, self._block_size)
+        layout = lay_out(sizes)
+        host = self._queue.host_memory(layout.num_bytes)
+        write_step(step, self._block_size, sizes, layout, 0, host.numpy(), sources)
+        lengths = np.diff(step.query_starts)
+        max_query_len, max_seq_len = int(lengths.max()), int((step.positions + lengths).max())
+        made: list[Tensor] = []
+
+        def work() -> None:
+            memory = host.to(self._queue.device, non_blocking=True)
+            device_step = step_of(layout, memory, max_query_len, max_seq_len)
+            if sources is not None:
+                feed(device_step.token_ids, view_of(layout.token_sources, memory), self._drawn)
+            parts = parts_of(device_step, layout, memory, sizes)
+            self._decoder.count(parts)
+            made.append(self._decoder.forward(device_step, parts))
+
+        self._queue.run(work)
+        return lambda: made[0]
+
+    def _draw(self, get_logits: Callable[[], Tensor], rows: list[SampleRow]) -> PendingDraws:
+        """Enqueue the draws of any rows, without a graph."""
+        if not rows:
+            return PendingDraws(self._queue.mark(), torch.empty(0, dtype=torch.uint8), 0, 0, 0)
+        layout = RowLayout.of(rows)
+        host = self._queue.host_memory(layout.num_bytes)
+        kinds = layout.write(rows, self._vocab_size, host.numpy())
+        made: list[Results] = []
+
+        def work() -> None:
+            memory = host.to(self._queue.device, non_blocking=True)
+            results = sample_packed(get_logits(), layout.rows_in(memory, kinds))
+            made.append(results)
+            # Of more rows than may decode, as prompts for others draw them, none is ever fed from here.
+            tokens = results.tokens[: len(self._drawn)]
+            self._drawn[: len(tokens)].copy_(tokens)
+
+        self._queue.run(work)
+        return self._bring(lambda: made[0], len(rows), len(rows), kinds.max_top)
+
+    def _bring(self, get: Callable[[], Results], num_rows: int, num_slots: int, max_top: int) -> PendingDraws:
+        """Enqueue the one copy that brings tokens back."""
+        host = self._queue.host_memory(results_bytes(num_slots, max_top))
+        self._queue.run(lambda: host.view(torch.int32).copy_(get().flat, non_blocking=True))
+        return PendingDraws(self._queue.mark(), host, num_rows, num_slots, max_top)
 
 
-def step_of(layout: StepLayout, memory: Tensor, max_query_len: int, max_seq_len: int) -> DeviceStep:
-    """The step whose arrays lie in `memory`, bytes on the device."""
-    return DeviceStep(
-        token_ids=_view(layout.token_ids, memory),
-        positions=_view(layout.positions, memory),
-        slot_mapping=_view(layout.slot_mapping, memory),
-        cu_seqlens_q=_view(layout.cu_seqlens_q, memory),
-        seq_lens=_view(layout.seq_lens, memory),
-        block_tables=_view(layout.block_tables, memory),
-        sampled_rows=_view(layout.sampled_rows, memory),
-        max_query_len=max_query_len,
-        max_seq_len=max_seq_len,
-    )
+@dataclass(frozen=True, slots=True)
+class PendingDraws:
+    """Draws on their way to the host."""
 
+    mark: Mark
+    host: Tensor
+    num_rows: int
+    num_slots: int
+    max_top: int
 
-def parts_of(step: DeviceStep, layout: StepLayout, memory: Tensor, sizes: StepSizes) -> Sequence[StepPart]:
-    """Decodes and prompt chunks apart: each kind has its own attention kernel."""
-    decodes, parts = sizes.num_decodes, list[StepPart]()
-    if decodes:
-        starts, max_query_len = step.cu_seqlens_q[: decodes + 1], 1
-        part = _part(step, slice(0, decodes), slice(0, decodes), starts, max_query_len)
-        parts.append(StepPart(DECODE_KERNEL, 0, decodes, part))
-    if sizes.num_prefills:
-        starts = _view(layout.prefill_starts, memory)
-        part = _part(step, slice(decodes, None), slice(decodes, None), starts, step.max_query_len)
-        parts.append(StepPart(PREFILL_KERNEL, decodes, sizes.num_tokens, part))
-    return parts
-
-
-def _part(step: DeviceStep, rows: slice, sequences: slice, starts: Tensor, max_query_len: int) -> DeviceStep:
-    return DeviceStep(
-        token_ids=step.token_ids[rows],
-        positions=step.positions[rows],
-        slot_mapping=step.slot_mapping[rows],
-        cu_seqlens_q=starts,
-        seq_lens=step.seq_lens[sequences],
-        block_tables=step.block_tables[sequences],
-        sampled_rows=step.sampled_rows[:0],
-        max_query_len=max_query_len,
-        max_seq_len=step.max_seq_len,
-    )
-
-
-def _view(place: ArrayPlace, memory: Tensor) -> Tensor:
-    dtype = torch.int64 if place.dtype == "int64" else torch.int32
-    return memory[place.offset : place.offset + place.num_bytes].view(dtype).view(place.shape)
+    def draws(self) -> Draws:
+        """Wait for them."""
+        self.mark.wait()
+        return Results(self.host.view(torch.int32), self.num_slots, self.max_top).draws(self.num_rows)

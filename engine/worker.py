@@ -25,7 +25,6 @@ from engine.messages import EngineRequest
 from engine.request import SamplingParams
 
 if TYPE_CHECKING:
-    from engine.batch import Runner
     from engine.device_kv import DeviceKVMemory
     from engine.engine import Engine
     from engine.kv_memory import KVMemory, KVShape
@@ -214,6 +213,7 @@ def _make_runner(
     num_threads: int,
 ) -> tuple[ModelRunner, KVMemory | DeviceKVMemory, SwapMemory | None]:
     """KV memory that fits beside the weights, what runs batches over both, and host memory for preempted sequences."""
+    from engine.buckets import DecodeLimits
     from engine.runner import ModelRunner, kv_dtype, kv_shape
 
     shape = kv_shape(config, spec.block_size, kv_dtype(dispatch.kernels, spec.dtype))
@@ -234,6 +234,7 @@ def _make_runner(
         dtype=spec.dtype,
         packed=packed,
         swap=swap,
+        limits=DecodeLimits(spec.max_num_seqs, _max_model_len(spec, config)),
     )
     return runner, kv, swap
 
@@ -307,7 +308,7 @@ def _make_kv(spec: ReplicaSpec, dispatch: Dispatch, shape: KVShape, num_blocks: 
     from engine.kv_memory import KVMemory
 
     if dispatch.device is Device.CPU and not spec.separate_kv:
-        return KVMemory(shape, num_blocks)
+        return KVMemory(shape, num_blocks, has_dummy=dispatch.kernels is Kernels.TRITON)
     import torch
 
     from engine.device_kv import DeviceKVMemory
@@ -318,7 +319,7 @@ def _make_kv(spec: ReplicaSpec, dispatch: Dispatch, shape: KVShape, num_blocks: 
 def _make_engine(
     spec: ReplicaSpec,
     config: ModelConfig,
-    runner: Runner,
+    runner: ModelRunner,
     num_blocks: int,
     swap: SwapMemory | None,
     max_model_len: int,
@@ -339,6 +340,7 @@ def _make_engine(
         max_held_tokens=spec.max_held_tokens,
         num_host_blocks=swap.num_blocks if swap else 0,
         host_copy_s=swap.measure_copy_s() if swap else 0.0,
+        reserve_ahead=runner.looks_ahead,
     )
     return Engine(engine_config, runner)
 

@@ -26,7 +26,10 @@ from bench.gpu.harness import Bench, Figure
 from engine.dispatch import Device, Dispatch, Kernels, enter
 
 # Seconds that a part may take, compiling included; together less than the run's eight minutes.
-PARTS = {"copy": 10, "prefill": 110, "decode": 70, "determinism": 40, "sampler": 40, "steps": 180}
+PARTS = {
+    "copy": 10, "prefill": 80, "decode": 50, "determinism": 25, "sampler": 30, "fused": 45, "steps": 130,
+    "serving": 110,
+}  # fmt: skip
 
 
 def main() -> int:
@@ -64,7 +67,7 @@ def _run(bench: Bench, name: str) -> bool:
 
 
 def _part(name: str) -> Callable[[Bench], None]:
-    from bench.gpu import attention, sampler, step  # import kernels
+    from bench.gpu import attention, fused, sampler, serving, step  # import kernels
 
     return {
         "copy": measure_copy,
@@ -72,7 +75,9 @@ def _part(name: str) -> Callable[[Bench], None]:
         "decode": attention.decode,
         "determinism": attention.determinism,
         "sampler": sampler.sampler,
+        "fused": fused.fused,
         "steps": step.steps,
+        "serving": serving.serving,
     }[name]
 
 

@@ -1,23 +1,29 @@
-"""One decode step of a whole model, as a CUDA graph, beside the time that reading its weights and KV must take."""
+"""Decode steps of a whole model as the engine runs them, beside the time that reading weights and KV must take."""
 
 from __future__ import annotations
 
+import time
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from bench.gpu.device_kv import DeviceKV
 from bench.gpu.harness import Bench, Figure
-from engine.kernels.device_step import DeviceStep
-from engine.models.rope import RopeTable
-from engine.models.triton_ops import DECODE_KERNEL, StepPart, TritonDecoder
+from engine.batch import Batch, Chunk
+from engine.buckets import DecodeLimits
+from engine.dispatch import Kernels
 from engine.models.weights import SourceTensor
+from engine.request import SamplingParams, Sequence
+from engine.runner import ModelRunner, kv_shape
 from modelfiles.config import Architecture, ModelConfig
 
 BLOCK_SIZE = 16
 FLOOR_GOAL = 0.9
+WARM_UP_STEPS = 5
+STEPS = 50
 LLAMA_8B = ModelConfig(
     architecture=Architecture.LLAMA, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32,
     num_heads=32, num_kv_heads=8, head_dim=128, rms_norm_eps=1e-5, rope_theta=500000.0, rope_scaling=None,
@@ -94,23 +100,33 @@ def num_read_parameters(config: ModelConfig) -> int:
     return c.num_layers * layer + c.vocab_size * c.hidden_size
 
 
-def decode_step(batch: int, seq_len: int, device: torch.device) -> DeviceStep:
-    """Each of `batch` sequences computes its token number `seq_len`."""
-    blocks = -(-seq_len // BLOCK_SIZE)
-    rows = torch.arange(batch, device=device, dtype=torch.int32)
-    tables = torch.randperm(batch * blocks, device=device).view(batch, blocks).to(torch.int32)
-    last = seq_len - 1
-    return DeviceStep(
-        token_ids=rows % 64,
-        positions=torch.full_like(rows, last),
-        slot_mapping=tables[:, last // BLOCK_SIZE].long() * BLOCK_SIZE + last % BLOCK_SIZE,
-        cu_seqlens_q=torch.arange(batch + 1, device=device, dtype=torch.int32),
-        seq_lens=torch.full_like(rows, seq_len),
-        block_tables=tables,
-        sampled_rows=rows,
-        max_query_len=1,
-        max_seq_len=seq_len,
+def make_runner(
+    bench: Bench, config: ModelConfig, num_blocks: int, max_num_seqs: int, max_model_len: int, *, deterministic: bool
+) -> ModelRunner:
+    """The product's runner on the device, with its graphs and a step ahead. Weights and KV are random and zero."""
+    dtype = "float32" if bench.is_rehearsal else "bfloat16"
+    kv = DeviceKV(kv_shape(config, BLOCK_SIZE, dtype), num_blocks, bench.device)
+    limits = DecodeLimits(max_num_seqs, max_model_len)
+    weights = RandomWeights(config)
+    return ModelRunner(
+        config, weights, kv, kernels=Kernels.TRITON, dtype=dtype, deterministic=deterministic, limits=limits
     )
+
+
+def decoding(batch: int, seq_len: int) -> list[Sequence]:
+    """Sequences that have computed all but the last of `seq_len` tokens, and whose blocks lie in no order."""
+    num_blocks = blocks_each(seq_len)
+    order = np.random.default_rng(0).permutation(batch * num_blocks).astype(np.int32).reshape(batch, num_blocks)
+    sampling = SamplingParams(max_tokens=1 << 20, temperature=0.0)
+    return [
+        Sequence(i, i, 0, sampling, [3 + (i + j) % 64 for j in range(seq_len)], 1, array("i", order[i].tobytes()))
+        for i in range(batch)
+    ]
+
+
+def blocks_each(seq_len: int) -> int:
+    """With room for the steps that are measured, and the step ahead of the last."""
+    return -(-(seq_len + WARM_UP_STEPS + STEPS + 2) // BLOCK_SIZE)
 
 
 def steps(bench: Bench) -> None:
@@ -124,35 +140,44 @@ def steps(bench: Bench) -> None:
 
 
 def _steps_of(bench: Bench, name: str, config: ModelConfig, cases: list[tuple[int, int]]) -> None:
-    dtype = torch.float32 if bench.is_rehearsal else torch.bfloat16
-    num_blocks = max(batch * -(-seq_len // BLOCK_SIZE) for batch, seq_len in cases)
-    shape = (num_blocks, config.num_kv_heads, config.num_layers, 2, BLOCK_SIZE, config.head_dim)
-    cache = torch.zeros(shape, dtype=dtype, device=bench.device)
-    weights = RandomWeights(config)
-    decoder = TritonDecoder(config, weights, cache, RopeTable(config), deterministic=False)
+    num_blocks = max(batch * blocks_each(seq_len) for batch, seq_len in cases)
+    most, longest = max(batch for batch, _ in cases), max(seq_len for _, seq_len in cases) + 128
     times: dict[tuple[int, int], float] = {}
-    for batch, seq_len in cases:
-        if not bench.has_time(5):
+    for deterministic in (False, True):
+        if not bench.has_time(20):
             return
-        step = decode_step(batch, seq_len, bench.device)
-        times[batch, seq_len] = took = _time(bench, decoder, step)
-        kv_bytes = 2 * batch * seq_len * config.num_kv_heads * config.head_dim * config.num_layers
-        floor = (num_read_parameters(config) + kv_bytes) * cache.element_size() / bench.bandwidth
-        case = f"{name}, {batch} sequences of {seq_len}"
-        bench.add(Figure(part="step", case=case, unit="tokens/s", ours=batch / took))
-        bench.add(Figure(part="step", case=case, unit="of the floor", ours=floor / took, goal=FLOOR_GOAL))
-    if not bench.has_time(20):
-        return
-    del decoder  # both would not fit beside each other everywhere
-    fixed = TritonDecoder(config, weights, cache, RopeTable(config), deterministic=True)
-    for batch, seq_len in cases:
-        if not bench.has_time(5):
-            return
-        ratio = times[batch, seq_len] / _time(bench, fixed, decode_step(batch, seq_len, bench.device))
-        case = f"{name} step, {batch} sequences of {seq_len}"
-        bench.add(Figure(part="fixed", case=case, unit="of its speed", ours=ratio, goal=0.9))
+        runner = make_runner(bench, config, num_blocks, most, longest, deterministic=deterministic)
+        for batch, seq_len in cases:
+            if not bench.has_time(5):
+                return
+            took, case = _seconds_per_step(bench, runner, batch, seq_len), f"{name}, {batch} sequences of {seq_len}"
+            if deterministic:
+                ratio = times[batch, seq_len] / took
+                bench.add(Figure(part="fixed", case=f"{case}, a step", unit="of its speed", ours=ratio, goal=0.9))
+                continue
+            times[batch, seq_len] = took
+            kv_numbers = 2 * batch * seq_len * config.num_kv_heads * config.head_dim * config.num_layers
+            item_bytes = 4 if bench.is_rehearsal else 2
+            floor = (num_read_parameters(config) + kv_numbers) * item_bytes / bench.bandwidth
+            bench.add(Figure(part="step", case=case, unit="tokens/s", ours=batch / took))
+            bench.add(Figure(part="step", case=case, unit="of the floor", ours=floor / took, goal=FLOOR_GOAL))
+        runner.close()
+        del runner  # both would not fit beside each other everywhere
 
 
-def _time(bench: Bench, decoder: TritonDecoder, step: DeviceStep) -> float:
-    parts = [StepPart(DECODE_KERNEL, 0, len(step.token_ids), step)]
-    return bench.seconds_of(bench.graph_of(lambda: decoder.forward(step, parts)), cold=False)
+def _seconds_per_step(bench: Bench, runner: ModelRunner, batch: int, seq_len: int) -> float:
+    """What the engine would wait: packing, copies, graph, draws and tokens on the host, a step ahead."""
+    sequences = decoding(batch, seq_len)
+    warm_up, measured = (2, 2) if bench.is_rehearsal else (WARM_UP_STEPS, STEPS)
+    for _ in range(warm_up):
+        _go_on(runner, sequences)
+    started = time.perf_counter()
+    for _ in range(measured):
+        _go_on(runner, sequences)
+    return (time.perf_counter() - started) / measured
+
+
+def _go_on(runner: ModelRunner, sequences: list[Sequence]) -> None:
+    chunks = tuple(Chunk(each, each.num_tokens - 1, 1, (each,)) for each in sequences)
+    for sequence, token in zip(sequences, runner.execute(Batch((), chunks)), strict=True):
+        sequence.token_ids.append(token.token_id)

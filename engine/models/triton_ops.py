@@ -103,9 +103,9 @@ class TritonDecoder:
         )
 
     @torch.inference_mode()
-    def forward(self, step: DeviceStep, parts: Sequence[StepPart]) -> Tensor:
-        """Logits [sampled rows, vocab], float32. `parts` cover the step's rows."""
-        return decode(self.config, self._weights, _Ops(self, step, parts))
+    def forward(self, step: DeviceStep, parts: Sequence[StepPart], logits: Tensor | None = None) -> Tensor:
+        """Logits [sampled rows, vocab], in `logits` if given, of the cache's type. `parts` cover the step's rows."""
+        return decode(self.config, self._weights, _Ops(self, step, parts, logits))
 
     def count(self, parts: Sequence[StepPart]) -> None:
         """Note what a step ran, a replayed graph's included."""
@@ -116,10 +116,13 @@ class TritonDecoder:
 class _Ops:
     """DecoderOps of one step."""
 
-    def __init__(self, decoder: TritonDecoder, step: DeviceStep, parts: Sequence[StepPart]) -> None:
+    def __init__(
+        self, decoder: TritonDecoder, step: DeviceStep, parts: Sequence[StepPart], logits: Tensor | None
+    ) -> None:
         self._decoder = decoder
         self._step = step
         self._parts = parts
+        self._logits = logits
         self._waiting: Tensor | None = None  # to be added to the residual stream by the next norm
 
     def embed(self, weight: DeviceWeight) -> Tensor:
@@ -175,7 +178,12 @@ class _Ops:
         return y
 
     def logits(self, x: Tensor, weight: DeviceWeight) -> Tensor:
-        return self._linear(x, weight).float()
+        y = self._empty(x.shape[0], weight.weight.shape[0]) if self._logits is None else self._logits
+        if self._decoder.deterministic:
+            gemm(x, weight.weight, y)
+        else:
+            torch.mm(x, weight.weight.t(), out=y)
+        return y
 
     def _linear(self, x: Tensor, weight: DeviceWeight) -> Tensor:
         if not self._decoder.deterministic:

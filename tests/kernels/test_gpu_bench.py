@@ -25,7 +25,8 @@ def test_every_part_runs_in_the_rehearsal(tmp_path: Path) -> None:
     said = json.loads((tmp_path / "out.json").read_text())
     assert said["failed"] == []
     assert said["device"] == "interpreter"
-    assert {figure["part"] for figure in said["figures"]} == {"copy", "prefill", "decode", "fixed", "sampler", "step"}
+    parts = {"copy", "prefill", "decode", "fixed", "sampler", "fused", "step", "serving"}
+    assert {figure["part"] for figure in said["figures"]} == parts
     assert all(figure["ours"] > 0 for figure in said["figures"])
     assert {"commit", "date", "torch", "triton"} <= said.keys()
 

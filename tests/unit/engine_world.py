@@ -22,6 +22,7 @@ from engine.messages import (
     TokenEvent,
 )
 from engine.request import FinishReason, SamplingParams
+from tests.unit.late_runner import LateRunner
 
 VOCAB_SIZE = 16
 
@@ -52,9 +53,10 @@ class FakeClock:
 
 
 def make_engine(clock: FakeClock | None = None, **changes: object) -> tuple[Engine, FakeRunner]:
-    """An engine and its fake runner."""
+    """An engine and its fake runner; if blocks are reserved ahead, one that looks ahead."""
     config = make_config(**changes)
-    runner = FakeRunner(config.num_blocks, config.block_size, VOCAB_SIZE, config.num_host_blocks)
+    sizes = config.num_blocks, config.block_size, VOCAB_SIZE, config.num_host_blocks
+    runner = LateRunner(*sizes, config.max_model_len) if config.reserve_ahead else FakeRunner(*sizes)
     return Engine(config, runner, clock or FakeClock()), runner
 
 
@@ -154,6 +156,9 @@ class World:
         transfer = client.transfer
         if transfer is None or transfer.destinations is None or not self.is_live(client):
             return
+        for runner in (self.prefill_runner, self.decode_runner):
+            if isinstance(runner, LateRunner):
+                runner.settle()  # as whoever touches blocks by another way than the runner's queue
         for slot in [each for each in transfer.published if each.index not in transfer.moved][:limit]:
             assert self.prefill._memory.pool.generation(slot.block_id) == slot.generation, "a pinned block was reused"
             destination = transfer.destinations[slot.index]

@@ -368,6 +368,7 @@ class TwoEngines(RuleBasedStateMachine):
         max_num_seqs=st.sampled_from([3, 8]),
         max_held_tokens=st.sampled_from([24, 1000]),
         num_host_blocks=st.sampled_from([0, 4, 64]),
+        reserve_ahead=st.booleans(),
     )
     def begin(
         self,
@@ -378,9 +379,11 @@ class TwoEngines(RuleBasedStateMachine):
         max_num_seqs: int,
         max_held_tokens: int,
         num_host_blocks: int,
+        reserve_ahead: bool,
     ) -> None:
         swap = {"num_host_blocks": num_host_blocks}
         common = {"max_model_len": 32, "prefix_caching": prefix_caching, "chunk_size": chunk_size}
+        common |= {"reserve_ahead": reserve_ahead}
         self.world = World(
             {**common, **swap, "num_blocks": num_blocks, "max_num_seqs": max_num_seqs, "constant_estimate": 2},
             {**common, "num_blocks": num_prefill_blocks, "max_held_tokens": max_held_tokens},
@@ -443,7 +446,7 @@ class TwoEngines(RuleBasedStateMachine):
             self.world.settle()
 
 
-TwoEngines.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TwoEngines.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestTwoEngines = TwoEngines.TestCase
 
 

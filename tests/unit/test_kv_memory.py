@@ -45,6 +45,16 @@ def test_a_copied_block_is_equal_and_apart() -> None:
     assert bool((kv.tensor[0] != 0).any())
 
 
+def test_a_dummy_block_lies_behind_the_others_and_no_one_can_ask_for_it() -> None:
+    kv = KVMemory(SHAPE, 2, has_dummy=True)
+    kv.tensor[:2] = 1
+    kv.tensor[2] = 7
+    assert (kv.num_blocks, len(kv.tensor), len(kv.buffer)) == (2, 3, 2 * kv.block_bytes)
+    assert set(kv.buffer.cast("f")) == {1.0}
+    with pytest.raises(IndexError):
+        kv.block(2)
+
+
 @pytest.mark.parametrize("block_id", [-1, 2])
 def test_a_block_outside_is_refused(block_id: int) -> None:
     with pytest.raises(IndexError):

@@ -49,6 +49,7 @@ def test_decodes_and_chunks_are_told_apart_and_slots_follow_the_block_tables() -
     assert found == {
         "slot_mapping": [2 * BLOCK + 2, 8 * BLOCK, 7 * BLOCK + 3, 1 * BLOCK, 1 * BLOCK + 1],
         "token_ids": [100, 101, 102, 103, 104],
+        "token_sources": [-1] * 5,
         "positions": [6, 0, 3, 4, 5],
         "cu_seqlens_q": [0, 1, 2, 5],
         "prefill_starts": [0, 3],

@@ -1,10 +1,9 @@
 """Launch the Triton sampler: shapes, workspace, grids.
 
-    sample(logits, rows) -> Draws                              waits for the tokens
     sample_packed(logits, pack_rows(rows, vocab, device)) -> Results   stays on the device, never synchronises
 
-For a CUDA graph keep one RowBuffer, Workspace and Results of the bucket's size, capture `sample_packed` with all of
-them, and fill the buffer before each replay; slots without a row are padding: nothing is read or written for them.
+For a CUDA graph keep memory, Workspace and Results of the bucket's size, capture `sample_packed` with all of them, and
+write the memory before each replay; slots without a row are padding: nothing is read or written for them.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from torch import Tensor
 
 from engine.kernels.arch import INTERPRETER, arch_of
 from engine.kernels.compile_case import CompileCase, CompileConfig
-from engine.kernels.sampling.packed_rows import PackedRows, Results, pack_rows
-from engine.kernels.sampling.rows import Draws, SampleRow
+from engine.kernels.sampling.packed_rows import PackedRows, Results
 
 MAX_TILES = 128
 _BINS = 128
@@ -96,12 +94,6 @@ class Workspace:
         self.value_ids = empty(num_slots, config.capacity)
 
 
-def sample(logits: Tensor, rows: list[SampleRow], *, gumbel: bool = False) -> Draws:
-    """Draw one token per row from logits [n, vocab]. Raises: ValueError."""
-    packed = pack_rows(rows, logits.shape[1], logits.device)
-    return sample_packed(logits, packed, gumbel=gumbel).draws(len(rows))
-
-
 def sample_packed(
     logits: Tensor,
     packed: PackedRows,
@@ -119,8 +111,8 @@ def sample_packed(
     if logits.dtype not in _DTYPES or logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits are {tuple(logits.shape)} {logits.dtype}, expected [n, vocab] rows of floats")
     vocab = logits.shape[1]
-    work = workspace or Workspace(packed.num_slots, vocab, logits.device, num_edited=packed.num_edited)
-    results = results or Results.empty(packed.num_slots, packed.max_top, logits.device)
+    work = workspace or Workspace(packed.num_slots, vocab, logits.device, num_edited=packed.kinds.num_edited)
+    results = results or Results.empty(packed.num_slots, packed.kinds.max_top, logits.device)
     _check(packed, work, results, vocab)
     slots, by_tile = (packed.num_slots,), (packed.num_slots, work.num_tiles)
     if packed.num_slots == 0:
@@ -132,12 +124,12 @@ def sample_packed(
         *row, packed.lists, work.edited, work.best, work.best_id, work.raw_best, work.raw_id, work.raw_sum,
         vocab, work.num_tiles,
     )  # fmt: skip
-    if packed.weighs:
+    if packed.kinds.weighs:
         launch(
             "weigh", by_tile,
             *row, work.edited, work.best, work.mass, work.counts, vocab, work.num_tiles,
         )  # fmt: skip
-    if packed.selects:
+    if packed.kinds.selects:
         launch("bound", slots, packed.fields, work.mass, work.counts, work.starts, work.found, work.num_tiles)
         launch(
             "compact", by_tile,
@@ -179,10 +171,12 @@ def _check(packed: PackedRows, work: Workspace, results: Results, vocab: int) ->
             f"a workspace for {work.num_slots} rows of {work.vocab} and results for {results.num_slots} rows have no "
             f"room for {packed.num_slots} rows of {vocab}"
         )
-    if work.num_edited < packed.num_edited:
-        raise ValueError(f"{packed.num_edited} rows have penalties or bans; the workspace holds {work.num_edited}")
-    if results.max_top < packed.max_top:
-        raise ValueError(f"{packed.max_top} top logprobs are wanted; results hold {results.max_top}")
+    if work.num_edited < packed.kinds.num_edited:
+        raise ValueError(
+            f"{packed.kinds.num_edited} rows have penalties or bans; the workspace holds {work.num_edited}"
+        )
+    if results.max_top < packed.kinds.max_top:
+        raise ValueError(f"{packed.kinds.max_top} top logprobs are wanted; results hold {results.max_top}")
 
 
 _TYPES = {

@@ -1,6 +1,7 @@
 """Parameters of rows as the Triton sampler reads them, and its results: one copy to the device, one copy back.
 
-`RowBuffer` keeps its addresses, so a CUDA graph that was captured with it replays on whatever it was filled with last.
+A `RowLayout` says where in a piece of memory they lie. It follows from the room alone, so that a captured graph, whose
+memory stays, draws whatever rows were written there last.
 """
 
 from __future__ import annotations
@@ -42,26 +43,44 @@ _NO_ROW["logits_row"] = -1
 _TAIL_MARGIN = 1 - 2.0**-10
 
 
-@dataclass(frozen=True, slots=True)
-class PackedRows:
-    """One step's rows on the device.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowKinds:
+    """Which kernels have anything to do; all of them when a graph is captured."""
 
-    `fields` [slots, number of fields] int64; `lists` int32. The rest says which kernels have anything to do: all of
-    them when a graph is captured.
-    """
-
-    fields: Tensor
-    lists: Tensor
     num_edited: int
+    """Rows with penalties or bans."""
     max_top: int
     weighs: bool
     """Whether any row draws by weight, so is not greedy."""
     selects: bool
     """Whether any row has top-k or top-p."""
 
+
+PLAIN = RowKinds(num_edited=0, max_top=0, weighs=True, selects=True)
+"""What a graph is captured for: any plain rows."""
+
+
+def are_plain(rows: list[SampleRow]) -> bool:
+    """Nothing but numbers, in and out, no lists of any length: a graph can draw such rows."""
+    return all(row.num_logprobs <= 0 and not row.banned and row.seen is None for row in rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """One step's rows on the device: `fields` [slots, number of fields] int64; `lists` int32."""
+
+    fields: Tensor
+    lists: Tensor
+    kinds: RowKinds
+
     @property
     def num_slots(self) -> int:
         return self.fields.shape[0]
+
+
+def results_bytes(num_slots: int, max_top: int) -> int:
+    """Of the results of so many rows."""
+    return 4 * num_slots * (2 + 2 * max_top)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +93,7 @@ class Results:
 
     @classmethod
     def empty(cls, num_slots: int, max_top: int, device: torch.device) -> Results:
-        flat = torch.zeros(num_slots * (2 + 2 * max_top), dtype=torch.int32, device=device)
+        flat = torch.zeros(results_bytes(num_slots, max_top) // 4, dtype=torch.int32, device=device)
         return cls(flat, num_slots, max_top)
 
     @property
@@ -103,46 +122,59 @@ class Results:
         return Draws(*(part[:num_rows].numpy() for part in parts))
 
 
-class RowBuffer:
-    """Room for `num_slots` rows and `num_listed` ids in lists, pinned on the host and on the device.
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """Room for `num_slots` rows and `num_listed` ids in lists."""
 
-    Whoever fills it again before the device has read it must own a second one.
-    """
+    num_slots: int
+    num_listed: int = 0
 
-    def __init__(self, num_slots: int, num_listed: int, device: torch.device) -> None:
-        words = num_slots * len(ROW.fields or ()) + (num_listed + 1) // 2
-        self._host = torch.zeros(words, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._device = torch.zeros(words, dtype=torch.int64, device=device)
-        self._num_slots, self._num_listed = num_slots, num_listed
+    @classmethod
+    def of(cls, rows: list[SampleRow]) -> RowLayout:
+        """As much as these rows need."""
+        return cls(len(rows), sum(map(_num_listed, rows)))
 
-    def fill(self, rows: list[SampleRow], vocab: int) -> PackedRows:
-        """Enqueue one copy of `rows` to the device; slots behind them are padding. Does not wait for it.
+    @property
+    def _lists_offset(self) -> int:
+        return self.num_slots * ROW.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        return self._lists_offset + 8 * ((self.num_listed + 1) // 2)
+
+    def write(self, rows: list[SampleRow], vocab: int, memory: np.ndarray) -> RowKinds:
+        """Write rows into host memory, which is bytes; slots behind them are padding.
 
         Raises: ValueError if the rows have no room or name ids outside the vocabulary.
         """
-        num_listed = sum(_num_listed(row) for row in rows)
-        if len(rows) > self._num_slots or num_listed > self._num_listed:
+        num_listed = sum(map(_num_listed, rows))
+        if len(rows) > self.num_slots or num_listed > self.num_listed:
             raise ValueError(
                 f"{len(rows)} rows with {num_listed} ids in lists exceed the room for "
-                f"{self._num_slots} and {self._num_listed}"
+                f"{self.num_slots} and {self.num_listed}"
             )
-        split = self._num_slots * len(ROW.fields or ())
-        words = self._host.numpy()
-        num_edited = _pack(rows, vocab, words[:split].view(ROW), words[split:].view(np.int32))
-        self._device.copy_(self._host, non_blocking=True)
-        return PackedRows(
-            fields=self._device[:split].view(self._num_slots, -1),
-            lists=self._device[split:].view(torch.int32),
+        split = self._lists_offset
+        num_edited = _pack(rows, vocab, memory[:split].view(ROW), memory[split:].view(np.int32))
+        return RowKinds(
             num_edited=num_edited,
             max_top=max([0, *(min(row.num_logprobs, vocab) for row in rows)]),
             weighs=any(row.temperature > 0 for row in rows),
             selects=any(row.temperature > 0 and (0 < row.top_k < vocab or row.top_p < 1) for row in rows),
         )
 
+    def rows_in(self, memory: Tensor, kinds: RowKinds) -> PackedRows:
+        """The rows in device memory to which what was written is copied."""
+        split = self._lists_offset
+        fields = memory[:split].view(torch.int64).view(self.num_slots, -1)
+        return PackedRows(fields, memory[split : self.num_bytes].view(torch.int32), kinds)
+
 
 def pack_rows(rows: list[SampleRow], vocab: int, device: torch.device) -> PackedRows:
-    """The rows in a buffer of their own size. Raises: ValueError, as RowBuffer.fill."""
-    return RowBuffer(len(rows), sum(map(_num_listed, rows)), device).fill(rows, vocab)
+    """The rows in memory of their own. Raises: ValueError, as RowLayout.write."""
+    layout = RowLayout.of(rows)
+    memory = torch.empty(layout.num_bytes, dtype=torch.uint8)
+    kinds = layout.write(rows, vocab, memory.numpy())
+    return layout.rows_in(memory.to(device), kinds)
 
 
 def _num_listed(row: SampleRow) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.sampling import launch, reference
-from engine.kernels.sampling.packed_rows import Results, RowBuffer, pack_rows
+from engine.kernels.sampling.packed_rows import Results, RowLayout, pack_rows
 from engine.kernels.sampling.rows import Draws, SampleRow
 from tests.sampling_rows import HISTORY, ROW, assert_min_p_holds, min_p_rows, seen
 from tests.sampling_rows import VARIANTS as PLAIN_VARIANTS
@@ -33,11 +33,11 @@ def sample(
 ) -> Draws:
     """Through poisoned workspace and results."""
     packed = pack_rows(rows, logits.shape[1], CPU)
-    work = launch.Workspace(len(rows), logits.shape[1], CPU, num_edited=packed.num_edited, config=config)
+    work = launch.Workspace(len(rows), logits.shape[1], CPU, num_edited=packed.kinds.num_edited, config=config)
     for part in vars(work).values():
         if isinstance(part, Tensor):
             part.fill_(float("nan") if part.is_floating_point() else -77)
-    results = Results.empty(len(rows), packed.max_top, CPU)
+    results = Results.empty(len(rows), packed.kinds.max_top, CPU)
     results.flat.fill_(-77)
     return launch.sample_packed(logits, packed, gumbel=gumbel, workspace=work, results=results).draws(len(rows))
 
@@ -121,10 +121,12 @@ def test_gumbels_maximum_follows_the_distribution() -> None:
 
 def test_padding_writes_nothing() -> None:
     logits = logits_of(49)
-    packed = RowBuffer(4, 10, CPU).fill([replace(ROW, num_logprobs=1)], 49)
+    layout = RowLayout(4, 10)
+    memory = torch.full((layout.num_bytes,), 0x7F, dtype=torch.uint8)
+    kinds = layout.write([replace(ROW, num_logprobs=1)], 49, memory.numpy())
     results = Results.empty(4, 2, CPU)
     results.flat.fill_(-77)
-    launch.sample_packed(logits, replace(packed, selects=True), results=results)
+    launch.sample_packed(logits, layout.rows_in(memory, replace(kinds, selects=True)), results=results)
     for part in (results.tokens, results.logprobs.view(torch.int32), results.top_ids):
         assert (part[0] != -77).any()
         assert (part[1:] == -77).all()
@@ -154,9 +156,9 @@ def test_what_does_not_fit_is_refused(logits: Tensor, row: SampleRow, message: s
         launch.sample_packed(logits, pack_rows([row], 8, CPU))
 
 
-def test_a_buffer_or_workspace_too_small_is_refused() -> None:
+def test_memory_or_a_workspace_too_small_is_refused() -> None:
     with pytest.raises(ValueError, match="room"):
-        RowBuffer(1, 0, CPU).fill([ROW, ROW], 8)
+        RowLayout(1).write([ROW, ROW], 8, np.zeros(RowLayout(1).num_bytes, np.uint8))
     packed = pack_rows([replace(ROW, banned=(1,), num_logprobs=2)], 8, CPU)
     with pytest.raises(ValueError, match="penalties or bans"):
         launch.sample_packed(torch.zeros(1, 8), packed, workspace=launch.Workspace(1, 8, CPU, num_edited=0))
