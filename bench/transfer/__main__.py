@@ -52,23 +52,21 @@ async def run(
     rows: list[Row] = []
     safeties: list[Safety] = []
     destinations = memoryview(np.ones(max(shape.num_bytes for shape in shapes), np.uint8))  # page faults are not ours
-    async with running_prefill(shapes) as (peer, places):
-        benches = [Bench(peer, number, shape, places[number], destinations) for number, shape in enumerate(shapes)]
-        for bench in benches:
+    async with running_prefill(shapes) as peer:
+        pace: Pace | None = None
+        for number, shape in enumerate(shapes):
+            bench = Bench(peer, shape, await peer.use(number), destinations)
             await bench.start()
-        if service is not None:
-            (bench,) = (bench for bench in benches if bench.shape.name == _SAFETY_SHAPE)
-            safeties = await _safeties(bench, service, _SAFETY_SHARE * seconds)
-            seconds -= _SAFETY_SHARE * seconds
-            await asyncio.to_thread(end_service)
-        pace = Pace(seconds, weights)
-        print(HEADER, flush=True)
-        for bench in benches:
-            for count in cases[bench.shape.name]:
+            if service is not None and shape.name == _SAFETY_SHAPE:
+                safeties = await _safeties(bench, service, _SAFETY_SHARE * seconds)
+                seconds -= _SAFETY_SHARE * seconds
+                await asyncio.to_thread(end_service)
+            pace = pace or Pace(seconds, weights)
+            print(HEADER, flush=True)
+            for count in cases[shape.name]:
                 rows += _said(await bench.moves(count, pace))
             for num_tokens in PROMPT_TOKENS:
                 rows += _said(await bench.handovers(num_tokens, pace))
-        for bench in benches:
             await bench.aclose()
     return rows, safeties
 
@@ -131,7 +129,8 @@ def main() -> None:
         shapes = [Shape(name, BLOCK_BYTES[name], num) for name, num in zip(names, arguments.blocks, strict=True)]
         asyncio.run(prefill.serve(shapes))
         return
-    cases = _cases(arguments.shapes, arguments.blocks)
+    shapes = sorted(arguments.shapes, key=list(BLOCK_BYTES).index)  # safety's first, before the time is shared out
+    cases = _cases(shapes, arguments.blocks)
     if not cases:
         raise SystemExit("no shape fits into the memory that is available; choose fewer --blocks")
     began = time.monotonic()

@@ -65,6 +65,10 @@ class Peer:
         self._process.stdin.write(f"{line}\n".encode())
         return (await self._process.stdout.readline()).decode().strip()
 
+    async def use(self, number: int) -> dict[str, Any]:
+        """Where the blocks of this shape are from now on."""
+        return json.loads(await self.tell(f"use {number}"))
+
     async def take_digests(self, how: str) -> None:
         """At both ends."""
         prefill.take_digests(how)
@@ -72,8 +76,8 @@ class Peer:
 
 
 @contextlib.asynccontextmanager
-async def running_prefill(shapes: Sequence[Shape]) -> AsyncGenerator[tuple[Peer, list[dict[str, Any]]]]:
-    """P, and where it has the blocks of each shape."""
+async def running_prefill(shapes: Sequence[Shape]) -> AsyncGenerator[Peer]:
+    """P with memory for each of these shapes."""
     command = [sys.executable, "-m", "bench.transfer", "--serve", json.dumps([shape.name for shape in shapes])]
     command += ["--blocks", *(str(shape.num_blocks) for shape in shapes)]
     pipe = asyncio.subprocess.PIPE
@@ -81,9 +85,9 @@ async def running_prefill(shapes: Sequence[Shape]) -> AsyncGenerator[tuple[Peer,
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        while not (line := await process.stdout.readline()).startswith(b"["):
+        while not (line := await process.stdout.readline()).startswith(b"ready"):
             assert line, "P did not start"  # UCX writes its warnings to stdout
-        yield Peer(process), json.loads(line)
+        yield Peer(process)
     finally:
         process.stdin.close()
         await process.wait()
@@ -131,12 +135,11 @@ class RawNixl:
 class Bench:
     """One shape's blocks at both ends, and every way between them. Close it."""
 
-    def __init__(self, peer: Peer, number: int, shape: Shape, where: dict[str, Any], destinations: memoryview) -> None:
+    def __init__(self, peer: Peer, shape: Shape, where: dict[str, Any], destinations: memoryview) -> None:
         self.peer = peer
         self.shape = shape
         self.worker = pb.WorkerInfo.FromString(bytes.fromhex(where["worker"]))
         self.media = [Medium.GRPC, Medium.SHM]
-        self._number = number
         self._address = f"127.0.0.1:{where['port']}"
         self._raw_socket = socket.create_connection(("127.0.0.1", where["raw_port"]))
         self._destinations = destinations[: shape.num_bytes]
@@ -223,7 +226,7 @@ class Bench:
 
     async def pull(self, transport: BlockTransport, is_digested: bool, count: int, stride: int) -> float:
         first, destinations = self._rotate(count, stride)
-        ticket = bytes.fromhex(await self.peer.tell(f"{self._number} {first} {count} {stride}"))
+        ticket = bytes.fromhex(await self.peer.tell(f"{first} {count} {stride}"))
         puller = await transport.open(ticket, self.worker.boot_id)
 
         def digest(read: BlockRead) -> None:

@@ -39,24 +39,32 @@ _TAKEN = xxhash.xxh3_128_digest
 
 
 async def serve(shapes: Sequence[Shape]) -> None:
-    """Prints one line of JSON, then obeys lines on stdin; end of file -> exit.
+    """Says "ready", then obeys lines on stdin; end of file -> exit.
 
     All shapes lie over the same memory, which is touched once: page faults of gigabytes take a busy machine minutes.
-    "SHAPE FIRST COUNT STRIDE" publishes blocks and answers with their ticket.
+    One is served at a time ("use NUMBER" -> where it is), for each NIXL agent has a thread that polls.
+    "FIRST COUNT STRIDE" publishes blocks and answers with their ticket.
     """
     num_bytes = max(shape.num_bytes for shape in shapes)
     fd = sealed_memory("kv", num_bytes)
     memory = memoryview(mmap.mmap(fd, num_bytes))
     _fill(memory)
-    pools = [Pool(shape, fd, memory[: shape.num_bytes]) for shape in shapes]
-    print(json.dumps([await pool.start() for pool in pools]), flush=True)
+    pool: Pool | None = None
+    print("ready", flush=True)
     while line := (await asyncio.to_thread(sys.stdin.readline)).strip():
+        word, *rest = line.split()
         if line in (WITH_DIGESTS, WITHOUT_DIGESTS):
             take_digests(line)
             print(line, flush=True)
+        elif word == "use":
+            if pool is not None:
+                pool.close()
+            shape = shapes[int(rest[0])]
+            pool = Pool(shape, fd, memory[: shape.num_bytes])
+            print(json.dumps(await pool.start()), flush=True)
         else:
-            number, *where = map(int, line.split())
-            print(pools[number].open(*where).hex(), flush=True)
+            assert pool is not None, line
+            print(pool.open(*map(int, line.split())).hex(), flush=True)
     os._exit(0)
 
 
@@ -93,6 +101,11 @@ class Pool:
         await self._grpc.start()
         raw_port = _serve_raw(self._memory, self._shape)
         return {"port": port, "raw_port": raw_port, "worker": worker.SerializeToString().hex()}
+
+    def close(self) -> None:
+        """Its streams have ended; the agent's thread ends here."""
+        if self._nixl is not None:
+            self._nixl.close()
 
     def open(self, first: int, count: int, stride: int) -> bytes:
         ticket = secrets.token_bytes(16)
