@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from bench.gpu.device_kv import DeviceKV
 from bench.gpu.harness import Bench, Figure
 from engine.batch import Batch, Chunk
 from engine.buckets import DecodeLimits
+from engine.device_kv import DeviceKVMemory
 from engine.dispatch import Kernels
 from engine.models.weights import SourceTensor
 from engine.request import SamplingParams, Sequence
@@ -105,7 +105,7 @@ def make_runner(
 ) -> ModelRunner:
     """The product's runner on the device, with its graphs and a step ahead. Weights and KV are random and zero."""
     dtype = "float32" if bench.is_rehearsal else "bfloat16"
-    kv = DeviceKV(kv_shape(config, BLOCK_SIZE, dtype), num_blocks, bench.device)
+    kv = DeviceKVMemory(kv_shape(config, BLOCK_SIZE, dtype), num_blocks, bench.device)
     limits = DecodeLimits(max_num_seqs, max_model_len)
     weights = RandomWeights(config)
     return ModelRunner(
