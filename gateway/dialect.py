@@ -275,7 +275,11 @@ def parse(kind: type[B], data: Any) -> tuple[B, list[str]]:
             raise InvalidRequest(
                 f"{name}: not supported by this server yet (got {_shown(value)}); leave it out", param=name
             )
-    return body, sorted(name for name in extra if name not in UNSUPPORTED)
+    parts = {name: getattr(body, name) for name in body.model_fields_set}
+    inside = [
+        f"{name}.{each}" for name, part in parts.items() if isinstance(part, _Body) for each in part.model_extra or ()
+    ]
+    return body, sorted([*(name for name in extra if name not in UNSUPPORTED), *inside])
 
 
 def _explain(error: ValidationError) -> InvalidRequest:

@@ -64,11 +64,30 @@ def _read(file: Path) -> LLMService:
 
 def _parse(file: Path) -> object:
     try:
-        return yaml.safe_load(file.read_text())
+        text = file.read_text()
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), file)
+        return yaml.safe_load(text)
     except OSError as error:
         raise ServiceFileError(f"cannot read {file}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ServiceFileError(f"{file} is not YAML: {error}") from error
+
+
+def _refuse_repeated_keys(node: yaml.Node | None, file: Path) -> None:
+    """A YAML reader takes the last of two values in silence; kubectl refuses the file, and so do we."""
+    match node:
+        case yaml.MappingNode():
+            seen: set[str] = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise ServiceFileError(f"{file}, line {key.start_mark.line + 1}: {key.value!r} is stated twice")
+                seen.add(key.value)
+                _refuse_repeated_keys(value, file)
+        case yaml.SequenceNode():
+            for each in node.value:
+                _refuse_repeated_keys(each, file)
+        case _:
+            pass
 
 
 def _validate(document: object, file: Path) -> LLMService:

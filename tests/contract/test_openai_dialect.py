@@ -480,6 +480,8 @@ async def test_unknown_fields_are_accepted_and_listed(harness: Harness) -> None:
         response = await harness.chat(zebra=1, apple={"a": 1}, **options)
         assert response.status_code == 200
         assert response.headers["x-baton-ignored-fields"] == "apple,zebra"
+    response = await harness.chat(stream=True, stream_options={"include_usage": True, "include_obfuscation": False})
+    assert response.headers["x-baton-ignored-fields"] == "stream_options.include_obfuscation"
 
 
 async def test_routing_fields_of_a_client_are_not_honoured(harness: Harness) -> None:

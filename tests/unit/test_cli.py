@@ -170,7 +170,13 @@ def test_paths_in_the_file_are_relative_to_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("a: [", "is not YAML"), ("kind: Pod\n", "apiVersion missing"), ("", "expected an")]
+    ("text", "words"),
+    [
+        ("a: [", "is not YAML"),
+        ("kind: Pod\n", "apiVersion missing"),
+        ("", "expected an"),
+        ("spec:\n  pools:\n  - replicas: 1\n    replicas: 2\n", "line 4: 'replicas' is stated twice"),
+    ],
 )
 def test_a_file_that_is_no_service_is_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "chat.yaml"
