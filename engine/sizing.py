@@ -89,7 +89,7 @@ def derive_kv_size(
         budget = share - RESERVE_BYTES
         explanation += f" - reserve {_mib(RESERVE_BYTES)} = {_mib(budget)}"
     blocks = max(0, budget) // block_bytes
-    explanation += f"; / {block_bytes} bytes per block = {blocks} blocks"
+    explanation += f"; {_mib(budget)} / {block_bytes} bytes per block = {blocks} blocks"
     return _checked(blocks, block_bytes, min_blocks, max_blocks, explanation)
 
 
@@ -125,7 +125,7 @@ def derive_gpu_kv_size(
             f"- reserve {_mib(GPU_RESERVE_BYTES)} = {_mib(budget)}"
         )
     blocks = max(0, max(0, budget) // block_bytes - 1)
-    explanation += f"; / {block_bytes} bytes per block - 1 for padded rows = {blocks} blocks"
+    explanation += f"; {_mib(budget)} / {block_bytes} bytes per block - 1 for padded rows = {blocks} blocks"
     return _checked(blocks, block_bytes, min_blocks, max_blocks, explanation, "a larger gpu_memory_fraction, ")
 
 
@@ -169,7 +169,7 @@ def derive_swap_size(
     else:
         return KVSize(0, 0, "none: KV is in host memory already")
     blocks = budget // block_bytes
-    explanation += f"; / {block_bytes} bytes per block = {blocks} blocks"
+    explanation += f"; {_mib(budget)} / {block_bytes} bytes per block = {blocks} blocks"
     if requested_bytes is None and blocks > max_blocks:
         blocks = max_blocks
         explanation += f", capped at {max_blocks}: as many as the device has"
