@@ -177,6 +177,8 @@ def _dispatch(spec: ReplicaSpec) -> Dispatch:
     log.log(level, "kernels: %s on %s: %s", dispatch.kernels, dispatch.device, dispatch.reason)
     if dispatch.device is Device.CUDA:
         log.warning("the code for GPUs was never run on one: check its answers before you rely on them")
+        if spec.dtype == "float32":
+            log.warning("dtype float32 keeps a GPU's tensor cores idle: bfloat16 is several times faster")
     if dispatch.is_interpreted:
         log.warning("Triton kernels run in Triton's interpreter: that proves them, and is thousands of times slower")
     return dispatch

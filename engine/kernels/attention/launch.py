@@ -190,6 +190,13 @@ def tile_config(arch: int, shape: AttentionShape, *, decode: bool, deterministic
             block_m=max(32, rows), block_n=64, split_size=256 * deterministic, num_warps=4, num_stages=1,
             programs_per_sm=1,
         )  # fmt: skip
+    if shape.dot == tl.float32:
+        # Without tensor cores each thread holds its operands in registers: larger tiles spill by the kilobyte.
+        narrow = decode or deterministic or shape.head_dim > 64
+        return TileConfig(
+            block_m=max(16 if narrow else 32, rows), block_n=16 if narrow else 32, split_size=512 * deterministic,
+            num_warps=8, num_stages=2, programs_per_sm=1,
+        )  # fmt: skip
     if deterministic:
         # Sums of a split and of all before it are both in registers: half as many per thread with eight warps.
         return TileConfig(
@@ -288,7 +295,7 @@ def check_step(step: DeviceStep, num_tokens: int, tree_ends: Tensor | None) -> N
             raise ValueError(f"{name} is {tensor.dtype} with strides {tensor.stride()}, expected contiguous int32")
 
 
-_KV_TYPES = {"bf16": ("*bf16", 2), "int8": ("*i8", 1), "fp8": ("*fp8e4nv", 1)}
+_KV_TYPES = {"bf16": ("*bf16", 2), "fp32": ("*fp32", 4), "int8": ("*i8", 1), "fp8": ("*fp8e4nv", 1)}
 _INTEGERS = (
     "num_seqs", "tile_bound", "max_splits", "num_tokens", "stride_q", "stride_q_head", "stride_out",
     "stride_out_head", "stride_block", "stride_head", "stride_kv", "stride_slot", "stride_scale_block",
@@ -305,14 +312,15 @@ def _attention_case(
     model: ModelShape, kv: str, *, decode: bool, deterministic: bool = False, unified: bool = False, tree: bool = False
 ) -> CompileCase:
     kv_type, kv_bytes = _KV_TYPES[kv]
-    group = model.heads // model.kv_heads
+    group, is_quantised, is_float32 = model.heads // model.kv_heads, kv_bytes == 1, kv == "fp32"
     shape = AttentionShape(
-        kv_heads=model.kv_heads, group=group, head_dim=model.head_dim, block_size=16, quantised=kv != "bf16",
-        dot=tl.bfloat16,
+        kv_heads=model.kv_heads, group=group, head_dim=model.head_dim, block_size=16, quantised=is_quantised,
+        dot=tl.float32 if is_float32 else tl.bfloat16,
     )  # fmt: skip
-    absent = [name for name, there in (("scales", kv != "bf16"), ("tree_ends", tree)) if not there]
+    absent = [name for name, there in (("scales", is_quantised), ("tree_ends", tree)) if not there]
+    activations = "*fp32" if is_float32 else "*bf16"
     types = {
-        "q": "*bf16", "kv": kv_type, "scales": "*fp32", "out": "*bf16", "partials": "*fp32", "stats": "*fp32",
+        "q": activations, "kv": kv_type, "scales": "*fp32", "out": activations, "partials": "*fp32", "stats": "*fp32",
         "split_sizes": "*i32", "fallbacks": "*i32",
         "cu_seqlens_q": "*i32", "seq_lens": "*i32", "block_tables": "*i32", "tree_ends": "*i32",
         **dict.fromkeys(_INTEGERS, "i32"), "scale": "fp32", "unified_maximum": "fp32",
@@ -341,11 +349,11 @@ def _attention_case(
         kernel=lambda: attention_kernel,
         shape=f"{model.name} {model.heads}/{model.kv_heads} heads of {model.head_dim}, KV {kv}",
         signature={name: kind for name, kind in types.items() if name not in absent},
-        aligned=_ALIGNED if kv == "bf16" else (*_ALIGNED, *_ALIGNED_SCALES),
+        aligned=(*_ALIGNED, *_ALIGNED_SCALES) if is_quantised else _ALIGNED,
         config=config,
         flops=4 * tile.block_m * tile.block_n * model.head_dim,
         bytes=2 * kv_bytes * tile.block_n * model.head_dim,
-        has_dot=True,
+        has_dot=not is_float32,  # no tensor core multiplies float32 as it is, and rounding it would lose what it is for
         programs_per_sm=tile.programs_per_sm,
         archs=(90, 100) if kv == "fp8" else (80, 90, 100),
     )
@@ -388,6 +396,8 @@ def _combine_case(model: ModelShape, *, deterministic: bool) -> CompileCase:
 COMPILE_CASES = (
     *(_attention_case(model, "bf16", decode=decode) for model in SHIPPED for decode in (False, True)),
     *(_attention_case(SHIPPED[0], kv, decode=decode) for kv in ("int8", "fp8") for decode in (False, True)),
+    *(_attention_case(model, "fp32", decode=decode) for model in SHIPPED for decode in (False, True)),
+    _attention_case(SHIPPED[0], "fp32", decode=False, deterministic=True),
     *(_attention_case(SHIPPED[0], "bf16", decode=decode, deterministic=True) for decode in (False, True)),
     _attention_case(SHIPPED[0], "bf16", decode=True, unified=True),
     _attention_case(SHIPPED[0], "bf16", decode=True, tree=True),

@@ -12,10 +12,14 @@ from engine.kernels.gemm.triton import gemm_kernel
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def tile_config(arch: int) -> CompileConfig:
-    """Constants by architecture alone: were they chosen by m, the order of additions would follow the batch."""
+def tile_config(arch: int, *, is_float32: bool = False) -> CompileConfig:
+    """Constants by architecture and type: were they chosen by m, the order of additions would follow the batch."""
     if arch == INTERPRETER:
         return CompileConfig(constants={"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "UPCAST": True})
+    if is_float32:  # no tensor core takes it as it is, and the larger tile would exceed an A100's shared memory
+        return CompileConfig(
+            constants={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "UPCAST": False}, num_warps=8, num_stages=3
+        )
     return CompileConfig(
         constants={"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "UPCAST": False}, num_warps=4, num_stages=4
     )
@@ -39,7 +43,8 @@ def gemm(x: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None = None, resid
         raise ValueError(f"residual is {tuple(residual.shape)}, expected ({m}, {n})")
     if m == 0:
         return
-    config = with_constants(tile_config(arch_of(x)), HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None)
+    tile = tile_config(arch_of(x), is_float32=x.dtype == torch.float32)
+    config = with_constants(tile, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None)
     grid = (-(-m // config.constants["BLOCK_M"]), -(-n // config.constants["BLOCK_N"]))
     gemm_kernel[grid](
         x,
@@ -58,30 +63,31 @@ def gemm(x: Tensor, weight: Tensor, y: Tensor, bias: Tensor | None = None, resid
     )
 
 
-def _case(extra: str) -> CompileCase:
+def _case(extra: str, kind: str = "bf16") -> CompileCase:
+    is_float32 = kind == "fp32"
     constants = {
         "HAS_BIAS": extra == "bias",
         "HAS_RESIDUAL": extra == "residual",
         **{name: None for name in ("bias", "residual") if name != extra},
     }
     types = {
-        **dict.fromkeys(("x", "weight", "y", "bias", "residual"), "*bf16"),
+        **dict.fromkeys(("x", "weight", "y", "bias", "residual"), f"*{kind}"),
         **dict.fromkeys(("m", "n", "k", "x_stride", "weight_stride", "y_stride", "residual_stride"), "i32"),
     }
-    tile = tile_config(90).constants
+    tile = tile_config(90, is_float32=is_float32).constants
     size_m, size_n, size_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     return CompileCase(
         name=f"gemm{'_' + extra if extra else ''}",
         kernel=lambda: gemm_kernel,
-        shape=f"{size_m} x {size_n} x {size_k} bf16, every layer of every model",
+        shape=f"{size_m} x {size_n} x {size_k} {kind}, every layer of every model",
         signature={name: kind for name, kind in types.items() if name not in constants},
         aligned=tuple(name for name in types if name not in (*constants, "m")),
-        config=lambda arch: with_constants(tile_config(arch), **constants),
+        config=lambda arch: with_constants(tile_config(arch, is_float32=is_float32), **constants),
         flops=2 * size_m * size_n * size_k,
-        bytes=2 * (size_m + size_n) * size_k,
-        has_dot=True,
+        bytes=(4 if is_float32 else 2) * (size_m + size_n) * size_k,
+        has_dot=not is_float32,
         programs_per_sm=2,
     )
 
 
-COMPILE_CASES = (_case(""), _case("bias"), _case("residual"))
+COMPILE_CASES = (_case(""), _case("bias"), _case("residual"), _case("", "fp32"))
