@@ -25,7 +25,7 @@ from kvtransfer.decode_side import PrefillOrder
 from kvtransfer.digest import block_digest
 from kvtransfer.errors import PullError, TransferFailed
 from kvtransfer.grpc_transport import GrpcBlockTransport
-from kvtransfer.nixl_agent import ReadState, open_agent
+from kvtransfer.nixl_agent import ReadState, Region, open_agent
 from kvtransfer.nixl_transport import NixlBlockTransport, NixlReader
 from kvtransfer.prefill_client import DecodeIdentity, PrefillClient
 from kvtransfer.protocol import baton_pb2 as pb
@@ -100,7 +100,7 @@ class RawNixl:
         self._ours, self._theirs = address_of(destinations), worker.nixl.blocks_address
         self._control = worker.nixl.control_address
         self._words = np.zeros(worker.num_blocks + _BOOT_ID_WORDS, np.uint64)
-        regions = [(self._ours, destinations.nbytes), (self._words.ctypes.data, self._words.nbytes)]
+        regions = [Region(self._ours, destinations.nbytes), Region(self._words.ctypes.data, self._words.nbytes)]
         self._agent = open_agent("bench-raw", regions)
         self._peer = self._agent.add_peer(worker.nixl.agent_metadata)
 

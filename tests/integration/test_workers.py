@@ -372,12 +372,18 @@ async def test_a_crowd_in_tiny_pools_gets_its_tokens_or_its_cancel_and_leaves_no
             assert ids == expected[choice][: len(ids)]
             assert ended.reason == pb.END_CANCELLED or len(ids) == how["max_tokens"]
 
+    def has_swapped() -> bool:
+        d.process.refresh_metrics()
+        return d.metric("baton_swap_outs_total") > 0
+
     async with gateway_to(d) as gateway, gateway_to(calm) as reference:
-        await asyncio.gather(*(one(number) for number in range(40)))
+        for _ in range(8):  # whether a sequence is preempted is a matter of timing: in one crowd of eight none is
+            await asyncio.gather(*(one(number) for number in range(40)))
+            if has_swapped() == (num_host_blocks > 0):
+                break
     assert d.metric("baton_placements_total", path="remote", reason="policy_always") > 10
     await at_baseline(first, second, d)
-    d.process.refresh_metrics()
-    assert (d.metric("baton_swap_outs_total") > 0) == (num_host_blocks > 0)
+    assert has_swapped() == (num_host_blocks > 0)
     assert d.metric("baton_host_blocks", state="used") == d.metric("baton_swapped_sequences") == 0
 
 

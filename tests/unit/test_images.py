@@ -169,9 +169,9 @@ def test_two_agents_read_each_others_memory_with_what_the_images_keep(tmp_path: 
 
 _TWO_AGENTS = """
 import time, numpy as np
-from kvtransfer.nixl_agent import ReadState, open_agent
+from kvtransfer.nixl_agent import ReadState, Region, open_agent
 source, to = np.arange(1 << 17, dtype=np.uint64), np.zeros(1 << 17, np.uint64)
-prefill, decode = (open_agent(n, [(m.ctypes.data, m.nbytes)]) for n, m in (("p", source), ("d", to)))
+prefill, decode = (open_agent(n, [Region(m.ctypes.data, m.nbytes)]) for n, m in (("p", source), ("d", to)))
 peer = decode.add_peer(prefill.metadata)
 theirs = decode.prepare(peer, source.ctypes.data, source.nbytes, 1)
 ours = decode.prepare(None, to.ctypes.data, to.nbytes, 1)

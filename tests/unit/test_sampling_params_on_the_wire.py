@@ -7,7 +7,7 @@ from array import array
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from engine.batch import Batch, Chunk
+from engine.batch import Chunk
 from engine.packing import sample_rows
 from engine.request import SamplingParams, Sequence
 from kvtransfer.protocol import baton_pb2 as pb
@@ -44,6 +44,6 @@ def test_every_cut_reaches_the_samplers_row(tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2, **sizes}))
     sequence = Sequence(1, 1, 0, sampling_params(MESSAGE), [1, 2, 3], 3, array("i", [0]))
-    ((_, row),) = sample_rows(Batch((), (Chunk(sequence, 0, 3, (sequence,)),)), load_config(tmp_path))
+    ((_, row),) = sample_rows([Chunk(sequence, 0, 3, (sequence,))], load_config(tmp_path))
     assert (row.temperature, row.top_k, row.top_p, row.min_p, row.num_logprobs) == (0.5, 7, 0.25, 0.125, 3)
     assert (row.repetition, row.frequency, row.presence, row.seed) == (1.5, 0.75, -0.5, 2**64 - 1)
