@@ -273,6 +273,24 @@ def test_the_doctor_sees_a_taken_port_and_a_small_machine(monkeypatch: pytest.Mo
     assert doctor.check_cpus().verdict is Verdict.OPTIONAL
 
 
+@pytest.mark.parametrize(
+    ("status", "out", "err", "verdict", "words"),
+    [
+        (0, "rc_mlx5/mlx5_0:1\ntcp/eth0\n", "", Verdict.OK, "UCX sees rc_mlx5/mlx5_0:1 tcp/eth0"),
+        (1, "", "Traceback ...\nNIXL is not installed: ...\n", Verdict.OPTIONAL, "NIXL is not installed: ..."),
+        (-11, "", "", Verdict.OPTIONAL, "UCX ended with -11"),
+    ],
+    ids=["there", "missing", "crashes"],
+)
+def test_the_doctor_lists_what_ucx_sees_or_says_why_nothing(
+    monkeypatch: pytest.MonkeyPatch, status: int, out: str, err: str, verdict: Verdict, words: str
+) -> None:
+    done = subprocess.CompletedProcess(["ucx"], status, out, err)
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **options: done)
+    finding = doctor.check_nixl()
+    assert (finding.verdict, finding.found) == (verdict, words)
+
+
 def test_every_line_of_the_doctor_has_a_fix_unless_all_is_well() -> None:
     findings = doctor.examine(port=1)
     assert len(findings) == 12

@@ -152,3 +152,19 @@ def test_every_dependency_is_locked_to_a_version_that_it_allows() -> None:
         name = re.sub(r"[-_.]+", "-", wanted.name).lower()
         version = next(iter(locked[name])).version
         assert version in wanted.specifier, f"{name}: locked to {version}, pyproject.toml wants {wanted.specifier}"
+
+
+def test_nothing_between_a_step_and_its_tokens_waits_for_the_device() -> None:
+    """Reading a tensor on the host stops it until the device has come so far, and a graph cannot record it."""
+    waits = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero"}
+    files = [*(ROOT / "engine" / "kernels").glob("*/launch.py")]
+    files += [ROOT / "engine" / "models" / name for name in ("decoder.py", "triton_ops.py")]
+    files += [ROOT / "engine" / name for name in ("step_tensors.py",)]
+    assert len(files) > 8
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} calls .{node.func.attr}()"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in waits
+    ]
+    assert found == []

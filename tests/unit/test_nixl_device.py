@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvtransfer.nixl_agent import ReadState, Region
+from kvtransfer.errors import TransportLost
+from kvtransfer.nixl_agent import NixlError, ReadState, Region
 from kvtransfer.nixl_transport import NixlMemory, NixlReader, _Stop
 from kvtransfer.protocol import baton_pb2 as pb
 from kvtransfer.transport import BlockRead, BlockSource, DeviceBlock, SourceBlock, address_of
@@ -94,6 +95,31 @@ def test_blocks_go_from_gpu_to_gpu_and_generations_through_host_memory() -> None
     with pytest.raises(AssertionError, match="not a block of the registered memory"):
         pair.read(blocks[:1], [DeviceBlock(4)], reads.append, _Stop())
     reader.close()
+
+
+def test_a_worker_whose_reads_cannot_be_torn_down_ends_itself() -> None:
+    """A read that may yet land makes every block of the process unsafe: the supervisor starts it anew."""
+
+    class StuckAgent(RecordingAgent):
+        def state(self, read: int) -> ReadState:
+            return ReadState.RUNNING
+
+        def close(self) -> None:
+            raise NixlError("the agent is still in use and was not destroyed")
+
+    reasons = list[str]()
+    memory = memoryview(bytearray(4 * BLOCK_BYTES))
+    reader = NixlReader("d", memory, BLOCK_BYTES, teardown_s=0.0, make_agent=StuckAgent, end_process=reasons.append)
+    life, stop = reader._life, _Stop()
+    assert life is not None
+    read = reader.post(life, (0, [0]), (2, [1]), stop)
+    assert reasons == []
+    stop.request()
+    assert reader.until_terminal(life, read, stop) is ReadState.FAILED
+    assert len(reasons) == 1
+    assert "could not be torn down" in reasons[0]
+    with pytest.raises(TransportLost):
+        reader.post(life, (0, [0]), (2, [1]), _Stop())
 
 
 def test_host_memory_is_said_to_be_on_no_device() -> None:
