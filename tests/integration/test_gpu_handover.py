@@ -9,7 +9,6 @@ import asyncio
 import dataclasses
 import random
 import signal
-from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from prefill_service import worker as prefill_worker_module
 from prefill_service.config import PrefillConfig
 from prefill_service.memory import make_readable
 from servicekit.failpoints import Failpoints
-from tests.integration.test_worker_processes import FAKE, Processes
+from tests.worker_processes import FAKE, Processes
 from tests.workers_harness import BLOCK_SIZE, TRANSPORTS, FakeModel, RunningWorker, Workers, gateway_to, until
 from workerkit import gpu_transfer
 
@@ -36,20 +35,6 @@ DEVICE = FakeModel(on_device=True)
 SLOW = dataclasses.replace(DEVICE, step_s=0.01)
 BLOCK_BYTES = 8 * BLOCK_SIZE
 LONGEST = 128 // BLOCK_SIZE
-
-
-@pytest.fixture
-async def workers(tmp_path: Path) -> AsyncGenerator[Workers]:
-    workers = Workers(tmp_path)
-    yield workers
-    await workers.aclose()
-
-
-@pytest.fixture
-def processes(tmp_path: Path, workers: Workers) -> Iterator[Processes]:
-    processes = Processes(tmp_path / "registry", workers.secret_file)
-    yield processes
-    processes.close()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import grpc.aio
@@ -34,13 +33,6 @@ from workerkit.process import EXIT_ENGINE_FAILED, WorkerProcess
 
 LOCAL = pb.DISAGGREGATION_NEVER
 LENGTHS = (1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 8, 31, 90)
-
-
-@pytest.fixture
-async def workers(tmp_path: Path) -> AsyncGenerator[Workers]:
-    workers = Workers(tmp_path)
-    yield workers
-    await workers.aclose()
 
 
 def prompt_of(length: int, start: int = 3) -> list[int]:
