@@ -19,6 +19,7 @@ import importlib
 import importlib.util
 import logging
 import sys
+import traceback
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -164,20 +165,27 @@ class _UcxAgent:
         return id(prepared)
 
     def drop(self, descriptors: int) -> None:
-        self._lists.pop(descriptors).release()
+        with _translating():
+            self._lists.pop(descriptors).release()
 
     def post_read(self, local: int, local_ids: Sequence[int], remote: int, remote_ids: Sequence[int]) -> int:
         with _translating():
-            read = self._agent.make_prepped_xfer(
-                "READ", self._lists[local], list(local_ids), self._lists[remote], list(remote_ids)
+            read = self._keep(
+                self._agent.make_prepped_xfer(
+                    "READ", self._lists[local], list(local_ids), self._lists[remote], list(remote_ids)
+                )
             )
-            self._reads[id(read)] = read
             try:
-                self._agent.transfer(read)
+                self._agent.transfer(self._reads[read])
             except BaseException:
-                self.release(id(read))
+                self.release(read)
                 raise
-            return id(read)
+            return read
+
+    def _keep(self, read: Any) -> int:
+        """Its number; no frame that an error could keep holds the handle itself."""
+        self._reads[id(read)] = read
+        return id(read)
 
     def state(self, read: int) -> ReadState:
         try:
@@ -188,13 +196,15 @@ class _UcxAgent:
             return ReadState.FAILED
 
     def release(self, read: int) -> None:
-        self._reads.pop(read).release()
+        with _translating():
+            self._reads.pop(read).release()
 
     def close(self) -> None:
         agent, self._agent = self._agent, None
-        for handles in (self._reads, self._lists):
-            while handles:
-                handles.popitem()[1].release()
+        with _translating():
+            for handles in (self._reads, self._lists):
+                while handles:
+                    handles.popitem()[1].release()
         native = agent.agent
         del agent.agent
         if sys.getrefcount(native) != _REFERENCES_AT_CLOSE:
@@ -218,4 +228,6 @@ def _translating() -> Generator[None]:
     except NixlError:
         raise
     except Exception as error:  # the bindings' errors have no common base
+        # Whoever keeps the error keeps the bindings' frames, these keep handles, and those the native agent alive.
+        traceback.clear_frames(error.__traceback__)
         raise NixlError(f"{type(error).__name__}: {error}"[:200]) from error
