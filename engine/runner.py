@@ -82,9 +82,10 @@ class ModelRunner:
 
         Its KV is written when this returns, and so is all that went before; a step ahead may still be at work.
         """
-        if self._swap is not None and (batch.swap_outs or batch.swap_ins):
-            self.settle()  # a step ahead that nobody wants any more may yet write to a block that is swapped into
-            self._swap.start(batch.swap_outs, batch.swap_ins)
+        if self._swap is not None:
+            if batch.swap_outs or batch.swap_ins:
+                self.settle()  # a step ahead that nobody wants any more may yet write to a block that is swapped into
+            self._swap.start(batch.swap_outs, batch.swap_ins)  # without copies too: it awaits those of the batch before
         for source, destination in batch.copies:
             self._backend.run(partial(self._kv.copy_block, source, destination))
         if not batch.chunks:

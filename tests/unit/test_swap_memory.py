@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.batch import Batch
 from engine.errors import ConfigInvalid
 from engine.kv_memory import KVMemory, KVShape
+from engine.runner import ModelRunner, kv_shape
 from engine.sizing import HostLimits
-from engine.swap_memory import SwapMemory
+from engine.swap_memory import Copies, SwapMemory
 from engine.worker import ReplicaSpec, _make_swap
+from modelfiles import load_config
+from modelfiles.weights import open_weights
 
 SHAPE = KVShape(num_kv_heads=2, num_layers=3, block_size=4, head_dim=8)
 
@@ -63,3 +67,20 @@ def test_swap_memory_that_holds_no_block_is_refused_by_name() -> None:
     assert made.num_blocks == 2
     for off in (0, None):
         assert _make_swap(ReplicaSpec(model=Path("m"), swap_memory_bytes=off), kv, host) is None
+
+
+def test_a_batch_without_copies_still_awaits_the_swap_ins_of_the_batch_before(tiny_llama: Path) -> None:
+    """On a GPU they arrive on a stream of their own, and only `start` makes the forward pass wait for it."""
+
+    class Recorder(SwapMemory):
+        def start(self, swap_outs: Copies, swap_ins: Copies) -> None:
+            started.append((tuple(swap_outs), tuple(swap_ins)))
+
+    started: list[tuple[Copies, Copies]] = []
+    config = load_config(tiny_llama)
+    kv = KVMemory(kv_shape(config, 16), 4)
+    runner = ModelRunner(config, open_weights(tiny_llama), kv, swap=Recorder(kv.tensor, 2))
+    runner.execute(Batch((), (), swap_ins=((0, 1),)))
+    runner.execute(Batch((), ()))
+    assert started == [((), ((0, 1),)), ((), ())]
+    runner.close()
