@@ -4,6 +4,10 @@ Objects are kept as JSON and parsed when a service is looked at: a thousand serv
 as dictionaries take ten times the memory. resourceVersions decide which of two views of an object is newer; the API
 promises that they compare as numbers (KEP-5504). So an own write shows at once, and the watch event of an older state
 that comes after it changes nothing.
+
+One version of an object may read in two ways: an upgraded CRD fills in defaults and lets fields through without writing
+anything, and for seconds after the upgrade watches still show objects as the CRD before it would. So of two views of a
+version that differ the later one counts; a watch with the older CRD ends, and the list after it has the last word.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from baton_operator.objects import POOL_KIND, SERVICE_KIND, SERVICE_LABEL, Manif
 
 Key: TypeAlias = tuple[str, str]
 """Namespace and name of an LLMService."""
+_OWN_KINDS = (SERVICE_KIND, POOL_KIND)
+"""Those of our CRDs: of other kinds, which are many and do not change their shape, two views of a version are one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +53,17 @@ class Cache:
         if not service:
             return self.remove(manifest)  # the label was taken away: it is ours no more
         known = self._entry(namespace, ref)
-        if (known is not None and version <= known.version) or version <= self._gone.get((namespace, ref), -1):
+        if (known is not None and version < known.version) or version <= self._gone.get((namespace, ref), -1):
+            return None
+        is_same_version = known is not None and version == known.version
+        if is_same_version and ref.kind not in _OWN_KINDS:
+            return None
+        entry = Entry(manifest["metadata"]["uid"], version, service, _packed(manifest))
+        if is_same_version and entry == known:
             return None
         self._gone.pop((namespace, ref), None)
         if known is not None and known.service != service:
             self._drop(namespace, ref)
-        entry = Entry(manifest["metadata"]["uid"], version, service, _packed(manifest))
         self._services.setdefault((namespace, service), {})[ref] = entry
         self._owner[namespace, ref] = service
         return namespace, service
@@ -144,7 +155,7 @@ def _version(manifest: Manifest) -> int:
 
 def _packed(manifest: Manifest) -> bytes:
     """As compressed JSON, a third of it (docs/log.md). orjson's own bytes would keep the buffer that they grew in."""
-    return zlib.compress(orjson.dumps(_trimmed(manifest)), level=1)
+    return zlib.compress(orjson.dumps(_trimmed(manifest), option=orjson.OPT_SORT_KEYS), level=1)
 
 
 def _unpacked(entry: Entry) -> Manifest:

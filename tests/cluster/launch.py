@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from tests.cluster import build, runs
 from tests.cluster.errors import ClusterError, StartFailed, Unavailable
@@ -98,14 +99,22 @@ def found() -> dict[Path, Connection]:
 
 
 def end(folder: Path) -> None:
-    """End the cluster in this folder, whoever started it."""
-    pid = int((folder / "lock").read_text())
-    os.kill(pid, signal.SIGTERM)
+    """End the cluster in this folder, whoever started it; neither it nor its supervisor is there afterwards."""
+    supervisor = psutil.Process(int((folder / "lock").read_text()))
+    supervisor.terminate()
     deadline = time.monotonic() + _END_TIMEOUT_S
-    while folder.exists():
+    while folder.exists() or _runs(supervisor):
         if time.monotonic() > deadline:
-            raise StartFailed(f"the supervisor {pid} of {folder} does not end")
+            raise StartFailed(f"the supervisor {supervisor.pid} of {folder} does not end")
         time.sleep(0.05)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it still does something: where nobody reaps orphans an ended one stays as a zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def existing_cluster() -> NodeCluster:

@@ -35,6 +35,18 @@ def test_an_older_view_changes_nothing_and_is_no_news() -> None:
     assert version_of(cache) == 7
 
 
+def test_a_version_that_reads_differently_since_the_crd_was_upgraded_is_news() -> None:
+    """As seen on a real API server: a watch begun before shows spec.warp no more than the CRD of that time did."""
+    cache = Cache()
+    key, ref = ("ns", REF.name), Ref("apps/v1", "LLMService", REF.name)
+    cache.put(view(7, kind="LLMService", spec={"model": "m"}))
+    listed = view(7, kind="LLMService", spec={"warp": 5, "model": "m"})
+    assert cache.put(listed) == key
+    assert cache.of(key)[ref]["spec"] == {"model": "m", "warp": 5}
+    assert cache.put({**listed, "spec": {"model": "m", "warp": 5}}) is None, "the order of fields is no news"
+    assert cache.put(view(6, kind="LLMService", spec={"model": "m"})) is None
+
+
 def test_a_late_answer_does_not_revive_what_was_deleted() -> None:
     cache = Cache()
     cache.put(view(7))
