@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,7 +88,7 @@ def link_model(path: Path, link: Path) -> None:
 
 def _with_progress(source: str, fetch: Callable[[OnProgress], Path]) -> Path:
     """Run `fetch` with its progress on stderr: stdout is for the path that `baton pull` prints."""
-    show = _BarProgress(source) if sys.stderr.isatty() else _LineProgress(source)
+    show = _BarProgress(source) if sys.stderr.isatty() else LineProgress(source)
     try:
         return fetch(show)
     except ModelFilesError as error:
@@ -112,18 +113,23 @@ def _name_of(source: str) -> str:
     return path.resolve().name.removesuffix(".gguf") if path.exists() else source
 
 
-class _LineProgress:
-    """A line each time another tenth of a stage is done."""
+_LINE_S = 1.0
 
-    def __init__(self, source: str) -> None:
+
+class LineProgress:
+    """A line each time another tenth of a stage is done, but none within a second: what is quick says nothing."""
+
+    def __init__(self, source: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._source = source
+        self._clock = clock
         self._said = ""
+        self._said_at = clock()
 
     def __call__(self, progress: Progress) -> None:
         tenths = 10 * progress.done_bytes // progress.total_bytes if progress.total_bytes else 0
-        words = f"{self._source}: {progress.stage} {10 * tenths}%"
-        if words != self._said:
-            self._said = words
+        words, now = f"{self._source}: {progress.stage} {10 * tenths}%", self._clock()
+        if words != self._said and now - self._said_at >= _LINE_S:
+            self._said, self._said_at = words, now
             print(words, file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -678,6 +678,8 @@ def _explain(mistake: dict[str, Any]) -> str:
     if kind == "value_error":
         reason = str(context.get("error", mistake["msg"]))
         return f"{path}: {reason}" if isinstance(value, BaseModel | dict) else f"{path} = {value!r} {reason}"
+    if kind == "model_type":
+        return f"{path} = {value!r} is not a mapping; its keys: {', '.join(_known_keys(location))}"
     if kind == "greater_than_equal":
         return f"{path} = {value!r} is too small; give at least {context['ge']}"
     if kind == "greater_than":

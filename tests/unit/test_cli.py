@@ -16,11 +16,13 @@ from baton.local import commands
 from baton.local.control import ControlError, ProcessView, Verb, parse_command
 from baton.local.errors import NotRunning
 from baton.local.logfiles import rotate, tail
+from baton.local.model import LineProgress
 from baton.local.plan import MIB, Machine
 from baton.local.probe import FirstToken
 from baton.local.reporter import PlainReporter, Ready, banner
 from baton.local.rundir import RunDir, known_runs, state_dir, take_lock
 from baton.local.service_file import Overrides, ServiceFileError, load_service
+from modelfiles.progress import Progress, Stage
 
 HEAVY = {"torch", "transformers", "grpc", "numpy", "rich", "pydantic", "psutil", "asyncio", "tokenizers", "uvicorn"}
 
@@ -47,6 +49,21 @@ def test_help_lists_every_command() -> None:
         assert command in result.output
     summaries = result.output.partition("Commands:")[2]
     assert "..." not in summaries, "one is cut off: a docstring's first line is too long"
+
+
+def test_without_a_terminal_a_fetch_says_a_line_a_second_and_a_quick_check_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    now = 0.0
+    show = LineProgress("smollm2", clock=lambda: now)
+    for tenth in range(11):
+        show(Progress(Stage.VERIFY, tenth, 10))
+        now += 0.05
+    assert capsys.readouterr().err == ""
+    for tenth in range(11):
+        show(Progress(Stage.DOWNLOAD, tenth, 10))
+        now += 0.5
+    assert capsys.readouterr().err.splitlines() == [f"smollm2: download {percent}%" for percent in range(10, 101, 20)]
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:

@@ -83,6 +83,8 @@ def test_every_field_of_a_full_service_is_read() -> None:
         ({"objectives": {"ttft": "0s"}}, ("spec.objectives.ttft", "more than 0")),
         ({"engine": {"blockSize": 24}}, ("spec.engine.blockSize = 24", "power of two")),
         ({"engine": {"dtype": "int8"}}, ("spec.engine.dtype = 'int8'", "'float32' or 'bfloat16'")),
+        ({"model": 5}, ("spec.model = 5 is not a mapping", "its keys: cacheClaimName, claimName, name, source")),
+        ({"pools": {"decode": [2]}}, ("spec.pools.decode = [2] is not a mapping", "kvMemory, max, min")),
         ({"disaggregation": "Sometimes"}, ("spec.disaggregation = 'Sometimes'", "'Auto', 'Always' or 'Never'")),
         ({"gateway": {"port": 70000}}, ("spec.gateway.port = 70000", "at most 65535")),
         (
