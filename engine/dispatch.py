@@ -35,6 +35,13 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Dtype(StrEnum):
+    """Type of the weights, and with the Triton kernels of the KV."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 class KVPlace(Enum):
     """Where KV is, as those see it who move it between processes."""
 

@@ -16,7 +16,7 @@ from engine.backend import Backend, KVStore, NativeBackend, Pending, ReferenceBa
 from engine.batch import Batch, Chunk
 from engine.buckets import DecodeLimits
 from engine.cuda_device import DeviceQueue
-from engine.dispatch import Kernels
+from engine.dispatch import Dtype, Kernels
 from engine.kernels.native.build import KernelsUnavailable
 from engine.kernels.native.program import StepArrays
 from engine.kv_memory import KVShape
@@ -29,7 +29,6 @@ from engine.request import SampledToken
 from engine.swap_memory import SwapMemory
 from modelfiles.config import ModelConfig
 
-DTYPES = ("float32", "bfloat16")
 """Of the weights. Native kernels compute and keep KV in float32 with either; Triton kernels keep KV in this type, too,
 and accumulate in float32."""
 
@@ -61,8 +60,8 @@ class ModelRunner:
         Triton kernels run decodes within `limits` as graphs and a step ahead; `queue` is the device's unless given.
         Raises: RunnerError.
         """
-        if dtype not in DTYPES:
-            raise RunnerError(f"dtype {dtype!r} is not supported (known: {', '.join(DTYPES)})")
+        if dtype not in list(Dtype):
+            raise RunnerError(f"dtype {dtype!r} is not supported (known: {', '.join(Dtype)})")
         expected = kv_shape(config, kv.block_size, kv_dtype(kernels, dtype))
         if kv.shape != expected:
             raise RunnerError(f"KV memory has {kv.shape}, the model needs {expected}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
-from engine.dispatch import Device, Dispatch, Kernels, KVPlace, ThisMachine, choose, enter
+from engine.dispatch import Device, Dispatch, Dtype, Kernels, KVPlace, ThisMachine, choose, enter
 from engine.errors import ConfigInvalid
 from engine.messages import EngineRequest
 from engine.request import SamplingParams
@@ -61,7 +61,7 @@ class ReplicaSpec:
     """What to build. Zero or None: derive it from what this process may use."""
 
     model: Path
-    dtype: str = "float32"
+    dtype: Dtype | None = None
     kernels: Kernels | None = None
     device: Device | None = None
     deterministic: bool = False
@@ -157,7 +157,9 @@ def load_replica(spec: ReplicaSpec, on_progress: OnProgress) -> Replica:
     on_progress(LoadPhase.LOAD_WEIGHTS, 0.0)
     packed = None
     if dispatch.kernels is Kernels.NATIVE:
-        packed = _open_packed(config, weights, spec.dtype, digest, partial(on_progress, LoadPhase.LOAD_WEIGHTS))
+        packed = _open_packed(
+            config, weights, _dtype(spec, dispatch), digest, partial(on_progress, LoadPhase.LOAD_WEIGHTS)
+        )
     runner, kv, swap = _make_runner(spec, dispatch, config, weights, packed, limits, num_threads)
 
     on_progress(LoadPhase.WARMUP, 0.0)
@@ -177,11 +179,16 @@ def _dispatch(spec: ReplicaSpec) -> Dispatch:
     log.log(level, "kernels: %s on %s: %s", dispatch.kernels, dispatch.device, dispatch.reason)
     if dispatch.device is Device.CUDA:
         log.warning("the code for GPUs was never run on one: check its answers before you rely on them")
-        if spec.dtype == "float32":
+        if _dtype(spec, dispatch) is Dtype.FLOAT32:
             log.warning("dtype float32 keeps a GPU's tensor cores idle: bfloat16 is several times faster")
     if dispatch.is_interpreted:
         log.warning("Triton kernels run in Triton's interpreter: that proves them, and is thousands of times slower")
     return dispatch
+
+
+def _dtype(spec: ReplicaSpec, dispatch: Dispatch) -> Dtype:
+    """What was asked for, else the type that the device is made for."""
+    return spec.dtype or (Dtype.BFLOAT16 if dispatch.device is Device.CUDA else Dtype.FLOAT32)
 
 
 def _max_model_len(spec: ReplicaSpec, config: ModelConfig) -> int:
@@ -218,7 +225,7 @@ def _make_runner(
     from engine.buckets import DecodeLimits
     from engine.runner import ModelRunner, kv_dtype, kv_shape
 
-    shape = kv_shape(config, spec.block_size, kv_dtype(dispatch.kernels, spec.dtype))
+    shape = kv_shape(config, spec.block_size, kv_dtype(dispatch.kernels, _dtype(spec, dispatch)))
     if dispatch.device is Device.CUDA:
         size = _size_gpu_kv(spec, config, weights, shape)
     else:
@@ -233,7 +240,7 @@ def _make_runner(
         kernels=dispatch.kernels,
         deterministic=spec.deterministic,
         num_threads=num_threads,
-        dtype=spec.dtype,
+        dtype=_dtype(spec, dispatch),
         packed=packed,
         swap=swap,
         limits=DecodeLimits(spec.max_num_seqs, _max_model_len(spec, config)),

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 ENV_PREFIX = "BATON_"
 
 T = TypeVar("T")
+EnumT = TypeVar("EnumT", bound=Enum)
 
 
 class ConfigError(Exception):
@@ -98,6 +99,15 @@ def build(
         source, raw = found
         values[name] = _convert(field.metadata["option"], types_by_name[name], raw, name, source)
     return cls(**values)
+
+
+def one_of_or_auto(kind: type[EnumT]) -> Callable[[str], EnumT | None]:
+    """A parser for `option`: a member of `kind` by its value, or None for auto."""
+
+    def parse(text: str) -> EnumT | None:
+        return None if text.strip().lower() == "auto" else _parse_enum(kind, text, "auto")
+
+    return parse
 
 
 def parse_bytes(text: str) -> int:
@@ -256,11 +266,11 @@ def _parse_bool(raw: object) -> bool:
     return words[word]
 
 
-def _parse_enum(kind: type[Enum], raw: str) -> Enum:
+def _parse_enum(kind: type[EnumT], raw: str, *others: str) -> EnumT:
     for member in kind:
         if str(member.value).lower() == raw.strip().lower():
             return member
-    raise ValueError(f"must be one of {', '.join(str(member.value) for member in kind)}")
+    raise ValueError(f"must be one of {', '.join([*others, *(str(member.value) for member in kind)])}")
 
 
 def _what_is_wrong(note: _Option, value: Any) -> str | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.dispatch import Device, Kernels
+from engine.dispatch import Device, Dtype, Kernels
 from kvtransfer.auth import Secret
 from kvtransfer.negotiation import AUTO, NIXL, WAYS, check_ways
 from registry.config import RegistryConfig
 from registry.entry import is_revision, is_worker_id
 from registry.keeper import LEASE_S
-from servicekit.config import ConfigError, option, parse_address, parse_bytes, power_of_two
+from servicekit.config import ConfigError, one_of_or_auto, option, parse_address, parse_bytes, power_of_two
 from servicekit.lifecycle import read_secret
 
 STAGED, DIRECT = "staged", "direct"
@@ -19,14 +19,6 @@ STAGED, DIRECT = "staged", "direct"
 
 def bytes_or_auto(text: str) -> int | None:
     return None if text == "auto" else parse_bytes(text)
-
-
-def _kernels_or_auto(text: str) -> Kernels | None:
-    return None if text == "auto" else Kernels(text)
-
-
-def _device_or_auto(text: str) -> Device | None:
-    return None if text == "auto" else Device(text)
 
 
 def _worker_id(value: str) -> str | None:
@@ -44,17 +36,22 @@ class WorkerConfig(RegistryConfig):
     # what is served
     model: Path = option(help="model folder or .gguf file")
     model_id: str = option("", help="name that clients use; empty: the file's name")
-    dtype: str = option("float32", help="type of the weights in memory", choices=("float32", "bfloat16"))
+    dtype: Dtype | None = option(
+        None,
+        help="type of the weights in memory, and on a GPU of KV; auto: bfloat16 on a GPU, else float32",
+        parse=one_of_or_auto(Dtype),
+        metavar="auto|float32|bfloat16",
+    )
     kernels: Kernels | None = option(
         None,
         help="who computes; triton on the CPU: in Triton's interpreter, a proof and not for speed",
-        parse=_kernels_or_auto,
+        parse=one_of_or_auto(Kernels),
         metavar="auto|native|triton|reference",
     )
     device: Device | None = option(
         None,
         help="where weights and KV are; auto: cpu; cuda was never run on a GPU yet",
-        parse=_device_or_auto,
+        parse=one_of_or_auto(Device),
         metavar="auto|cpu|cuda",
     )
     deterministic: bool = option(False, help="same bits whatever the batch, the chunks and the P/D split")

@@ -216,10 +216,10 @@ def worker_spec(
         "--listen", "127.0.0.1:0",
         "--threads", str(share.threads),
         "--kv-memory", str(share.kv_bytes),
-        "--dtype", spec.engine.dtype,
         "--drain-s", str(DRAIN_S),
         "--prefix-caching" if spec.engine.prefix_caching else "--no-prefix-caching",
     ]  # fmt: skip
+    arguments += _stated("--dtype", spec.engine.dtype)
     arguments += _stated("--device", spec.engine.device)
     arguments += _stated("--kernels", spec.engine.kernels)
     arguments += _stated("--block-size", spec.engine.block_size)

@@ -40,6 +40,7 @@ from baton_operator.objects import (
 )
 from baton_operator.resources import (
     Autoscaling,
+    Disaggregation,
     LLMService,
     Pool,
     RedisMode,
@@ -191,10 +192,10 @@ class _Maker:
             "--advertise", "$(POD_IP)",
             *self._registry_arguments(),
             "--kv-memory", str(pool.kv_memory or "auto"),
-            "--dtype", engine.dtype,
             "--drain-s", str(DRAIN_S),
             "--prefix-caching" if engine.prefix_caching else "--no-prefix-caching",
-            *_stated("--device", engine.device),
+            *_stated("--dtype", engine.dtype),
+            *_stated("--device", self._device(pool)),
             *_stated("--kernels", engine.kernels),
             *_stated("--threads", pool.threads),
             *_stated("--block-size", engine.block_size),
@@ -205,6 +206,9 @@ class _Maker:
             *(["--disaggregation", self.spec.disaggregation.lower()] if role == "decode" else []),
             *self.spec.worker_transfer_flags,
         ]  # fmt: skip
+
+    def _device(self, pool: Pool) -> str | None:
+        return self.spec.engine.device or ("cuda" if pool.resources.gpus else None)
 
     def _worker_image(self, pool: Pool) -> str:
         default = self.platform.gpu_worker_image if pool.resources.gpus else self.platform.worker_image
@@ -523,6 +527,22 @@ class _Maker:
             yield f"spec.gateway.httpRoute needs {HTTP_ROUTE}, which the cluster does not have"
         if route is not None and route.backend == "InferencePool" and INFERENCE_POOL not in self.platform.apis:
             yield f"spec.gateway.httpRoute.backend needs {INFERENCE_POOL}, which the cluster does not have"
+        yield from self._gpu_warnings()
+
+    def _gpu_warnings(self) -> Iterator[str]:
+        pools = {role: self._pool_spec(role) for role in ROLES}
+        for role, pool in pools.items():
+            where, gpus = f"spec.pools.{role}.resources.gpus", pool.resources.gpus
+            if gpus and self.spec.engine.device == "cpu":
+                yield f"{where} is {gpus}, but spec.engine.device is cpu: the GPUs are held and not used"
+            elif gpus > 1:
+                yield f"{where} is {gpus}, but a worker uses one GPU: the others are held and not used"
+        is_split = self.spec.disaggregation is not Disaggregation.NEVER
+        if is_split and len({self._device(pool) == "cuda" for pool in pools.values()}) > 1:
+            yield (
+                "one of spec.pools has GPUs and the other has none: their KV differs in type, so none is handed over "
+                "between them; give resources.gpus to both"
+            )
 
     # ------------------------------------------------------------ names
 

@@ -241,7 +241,7 @@ class Resources(_Part):
     limits: Annotated[dict[str, Amount], Field(max_length=8)] = _cluster(
         {}, description="the most a pod may use, by resource; KV memory follows the memory limit unless stated"
     )
-    gpus: int = _cluster(0, ge=0, le=16, description="GPUs of each pod")
+    gpus: int = _cluster(0, ge=0, le=16, description="GPUs of each pod; a worker computes on one")
     gpu_resource: str = _cluster(
         "nvidia.com/gpu", max_length=253, pattern=_QUALIFIED, description="the resource that GPUs are asked for by"
     )
@@ -440,9 +440,13 @@ class Engine(_Part):
         default=None, ge=1, description="tokens in one step of a worker; default: the worker's own"
     )
     prefix_caching: bool = Field(default=True, description="keep finished blocks for prompts that begin alike")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="type of weights and KV in memory")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="type of weights and KV in memory; default: bfloat16 on a GPU, else float32"
+    )
     device: Literal["cpu", "cuda"] | None = Field(
-        default=None, description="where workers keep weights and KV; default: cpu. cuda: never run on a GPU yet"
+        default=None,
+        description="where workers keep weights and KV; default: cuda in a pool that asks for GPUs, else cpu. cuda: "
+        "never run on a GPU yet",
     )
     kernels: Literal["native", "triton", "reference"] | None = Field(
         default=None,

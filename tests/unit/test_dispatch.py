@@ -11,6 +11,7 @@ import pytest
 
 from engine.dispatch import Device, Dispatch, Kernels, ThisMachine, choose, enter
 from engine.errors import ConfigInvalid
+from engine.kv_memory import KVShape
 
 GPU = "NVIDIA H200"
 
@@ -123,8 +124,8 @@ def test_a_worker_sizes_its_kv_by_the_gpu_and_keeps_it_there(tiny_llama: Path, m
 
     asked = list[object]()
 
-    def refuse(shape: object, num_blocks: int, device: object) -> None:
-        asked.append((num_blocks, str(device)))
+    def refuse(shape: KVShape, num_blocks: int, device: object) -> None:
+        asked.append((num_blocks, str(device), shape.dtype))
         raise MemoryError
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -134,7 +135,7 @@ def test_a_worker_sizes_its_kv_by_the_gpu_and_keeps_it_there(tiny_llama: Path, m
     spec = worker.ReplicaSpec(model=tiny_llama, device=Device.CUDA, max_num_seqs=2)
     with pytest.raises(MemoryError):
         worker.load_replica(spec, lambda phase, fraction: None)
-    assert asked == [(2 * 2048 // 16, "cuda")]
+    assert asked == [(2 * 2048 // 16, "cuda", "bfloat16")]
 
 
 def test_a_machine_without_a_gpu_says_so(tiny_llama: Path) -> None:

@@ -166,7 +166,7 @@ def test_what_shapes_workers_of_either_pool_makes_one_new_revision_for_both(path
 
 def test_the_default_service_has_the_revision_that_it_had() -> None:
     """If this changes, an upgrade of the operator restarts every worker of every service: say so in CHANGELOG.md."""
-    assert desired().revision == "f6021f37"
+    assert desired().revision == "42478298"
 
 
 # ---------------------------------------------------------------- pools
@@ -275,7 +275,35 @@ def test_a_gpu_pool_has_the_image_and_the_resource_for_it() -> None:
     assert container["image"] == "worker-cuda:1"
     assert container["resources"]["limits"] == {"memory": "64Gi", "nvidia.com/gpu": "2"}
     assert container["resources"]["requests"]["memory"] == "64Gi"
-    assert worker(found, "prefill")["containers"][0]["image"] == "worker:1"
+    assert "--device cuda" in " ".join(container["args"])
+    (other,) = worker(found, "prefill")["containers"]
+    assert (other["image"], "--device" in other["args"]) == ("worker:1", False)
+
+
+GPUS = {"resources": {"gpus": 1}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"pools": {"prefill": GPUS, "decode": GPUS}}, ()),
+        ({"pools": {"decode": GPUS}, "disaggregation": "Never"}, ()),
+        ({"engine": {"device": "cuda"}}, ()),
+        ({"pools": {"decode": GPUS}}, ("one of spec.pools has GPUs and the other has none",)),
+        (
+            {"pools": {"prefill": GPUS, "decode": {"resources": {"gpus": 4}}}},
+            ("spec.pools.decode.resources.gpus is 4, but a worker uses one GPU",),
+        ),
+        (
+            {"pools": {"decode": GPUS}, "engine": {"device": "cpu"}},
+            ("spec.pools.decode.resources.gpus is 1, but spec.engine.device is cpu",),
+        ),
+    ],
+)
+def test_gpus_that_would_lie_idle_are_warned_of(spec: dict[str, Any], words: tuple[str, ...]) -> None:
+    found = desired(spec).warnings
+    assert len(found) == len(words)
+    assert all(warning.startswith(each) for warning, each in zip(found, words, strict=True))
 
 
 def test_a_model_in_the_image_or_on_a_claim_is_not_fetched() -> None:

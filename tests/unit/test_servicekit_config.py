@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from servicekit.config import ConfigError, build, load, option, parse_address, parse_bytes, power_of_two
+from servicekit.config import ConfigError, build, load, one_of_or_auto, option, parse_address, parse_bytes, power_of_two
 
 
 class Mode(Enum):
@@ -94,6 +94,17 @@ def test_help_shows_limits_and_defaults(capsys: pytest.CaptureFixture[str]) -> N
 )
 def test_bytes_are_read_with_binary_suffixes(text: str, value: int) -> None:
     assert parse_bytes(text) == value
+
+
+def test_one_of_several_or_auto_is_read_and_others_are_told_which_there_are() -> None:
+    class Colour(Enum):
+        RED = "red"
+        BLUE = "blue"
+
+    parse = one_of_or_auto(Colour)
+    assert [parse(text) for text in ("auto", "red", "Blue")] == [None, Colour.RED, Colour.BLUE]
+    with pytest.raises(ValueError, match=r"^must be one of auto, red, blue$"):
+        parse("green")
 
 
 def test_addresses_are_host_and_port() -> None:
