@@ -19,7 +19,7 @@ from kvtransfer.prefill_client import DecodeIdentity, PrefillClient
 from kvtransfer.protocol import baton_pb2 as pb
 from workerkit.engine_client import EngineClient
 from workerkit.messages import worker_load
-from workerkit.metrics import DecodeQueueMetrics, EngineMetrics
+from workerkit.metrics import DecodeQueueMetrics, EngineMetrics, StagingMetrics
 from workerkit.process import WorkerProcess
 
 POLICIES = {
@@ -40,7 +40,7 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
     # 2. The engine on its thread; its steps arrive here.
     identity = replica.identity
     engine_metrics = EngineMetrics(process.metrics, identity)
-    metrics = DecodeQueueMetrics(process.metrics)
+    metrics, staging = DecodeQueueMetrics(process.metrics), StagingMetrics(process.metrics)
     engine = EngineClient(replica.engine)
     # 3. What fetches KV from prefill workers, and what owns the attempts.
     memory = make_writable(replica, config.staging_memory)
@@ -65,6 +65,7 @@ async def serve(config: DecodeConfig, process: WorkerProcess) -> int:
     def refresh_metrics() -> None:
         engine_metrics.update(engine.load, engine.counters, replica.attention_calls)
         metrics.update(engine.load, pool.ignored(), pool.fallbacks(), pool.transports())
+        staging.update(memory.ring, memory.landing.num_waiting)
 
     engine.start(attempts.on_step, on_crash)
     process.refresh_metrics = refresh_metrics

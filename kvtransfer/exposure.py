@@ -28,7 +28,12 @@ from kvtransfer.transport import BlockSource
 
 
 class Exposure(Protocol):
-    """Between the engine's events and PrefillSide. On the digest thread alone."""
+    """Between the engine's events and PrefillSide. On the digest thread alone, but for `num_waiting`."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Prompts that wait for memory."""
+        ...
 
     def arrive(self, event: BackendEvent) -> list[BackendEvent]:
         """What may be made ready now, in order: the event, or nothing as long as it must wait for memory."""
@@ -49,6 +54,8 @@ class Exposure(Protocol):
 class HostExposure:
     """KV in host memory: nothing moves, nothing waits."""
 
+    num_waiting = 0
+
     def __init__(self, source: BlockSource) -> None:
         self._source = source
         self._digests = _KnownDigests()
@@ -66,6 +73,8 @@ class HostExposure:
 
 class DirectExposure:
     """KV in the device's memory, registered where it lies."""
+
+    num_waiting = 0
 
     def __init__(self, device: DeviceBlocks) -> None:
         self._device = device

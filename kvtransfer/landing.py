@@ -31,6 +31,11 @@ class Landing(Protocol):
         """That one pull may have under way; None: what D's credit allows."""
         ...
 
+    @property
+    def num_waiting(self) -> int:
+        """Pulls that wait for memory."""
+        ...
+
     async def settle(self) -> None:
         """Wait until nobody else writes into blocks that were reserved before the call."""
         ...
@@ -48,6 +53,7 @@ class HostLanding:
     """KV in host memory, which transports write themselves."""
 
     max_blocks = None
+    num_waiting = 0
 
     async def settle(self) -> None:
         """A step writes host memory before it ends."""
@@ -64,6 +70,7 @@ class DirectLanding:
     """KV in the device's memory, registered where it lies."""
 
     max_blocks = None
+    num_waiting = 0
 
     def __init__(self, device: DeviceBlocks) -> None:
         self._device = device
@@ -92,6 +99,10 @@ class StagedLanding:
         self._device = device
         self._ring = ring
         self._waiting: deque[tuple[int, asyncio.Future[list[int]]]] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     async def settle(self) -> None:
         await asyncio.to_thread(self._device.wait_for_writes)

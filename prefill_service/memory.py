@@ -8,7 +8,7 @@ from engine.dispatch import KVPlace
 from engine.worker import Replica
 from kvtransfer.exposure import DirectExposure, Exposure, HostExposure, StagedExposure
 from kvtransfer.nixl_agent import Region
-from kvtransfer.staging import DEFAULT_SOURCE_BYTES
+from kvtransfer.staging import DEFAULT_SOURCE_BYTES, StagingRing
 from kvtransfer.transport import BlockSource
 from prefill_service.faults import FaultyBlockSource
 from servicekit.failpoints import Failpoints
@@ -17,12 +17,14 @@ from workerkit.gpu_transfer import device_region, make_ring
 
 @dataclass(frozen=True, slots=True)
 class ReadableMemory:
-    """`fd`: the memfd behind the source's blocks; `device`: where they are if that is not this process's memory."""
+    """`fd`: the memfd behind the source's blocks; `device`: where they are if that is not this process's memory;
+    `ring`: what lies between."""
 
     source: BlockSource
     exposure: Exposure
     fd: int | None = None
     device: Region | None = None
+    ring: StagingRing | None = None
 
 
 def make_readable(
@@ -39,7 +41,7 @@ def make_readable(
     longest = -(-identity.max_model_len // identity.block_size)
     ring = make_ring(replica, min_slots=longest, default_bytes=DEFAULT_SOURCE_BYTES, requested_bytes=staging_bytes)
     source = _source(ring.memory, identity.block_bytes, boot_id, failpoints)
-    return ReadableMemory(source, StagedExposure(kv, ring), fd=ring.fd)
+    return ReadableMemory(source, StagedExposure(kv, ring), fd=ring.fd, ring=ring)
 
 
 def _source(memory: memoryview, block_bytes: int, boot_id: bytes, failpoints: Failpoints) -> BlockSource:

@@ -17,7 +17,7 @@ from prefill_service.backend import EngineBackend
 from prefill_service.config import PrefillConfig
 from prefill_service.memory import make_readable
 from workerkit.engine_client import EngineClient
-from workerkit.metrics import EngineMetrics, PrefillQueueMetrics
+from workerkit.metrics import EngineMetrics, PrefillQueueMetrics, StagingMetrics
 from workerkit.process import WorkerProcess
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
     # 2. The engine on its thread; its steps arrive here.
     identity = replica.identity
     engine_metrics = EngineMetrics(process.metrics, identity)
-    metrics = PrefillQueueMetrics(process.metrics)
+    metrics, staging = PrefillQueueMetrics(process.metrics), StagingMetrics(process.metrics)
     engine = EngineClient(replica.engine)
     backend = EngineBackend(engine, engine_metrics, process.failpoints)
     # 3. What hands KV out.
@@ -60,6 +60,7 @@ async def serve(config: PrefillConfig, process: WorkerProcess) -> int:
     def refresh_metrics() -> None:
         engine_metrics.update(engine.load, engine.counters, replica.attention_calls)
         metrics.update(engine.load, server.num_tickets, server.num_event_failures, server.ignored)
+        staging.update(memory.ring, memory.exposure.num_waiting)
 
     engine.start(backend.on_step, on_crash)
     process.refresh_metrics = refresh_metrics

@@ -99,7 +99,14 @@ def _gateway_registry() -> Any:
 
 def _worker_registries() -> dict[str, Any]:
     from servicekit.metrics import Metrics
-    from workerkit.metrics import DecodeQueueMetrics, EngineMetrics, PrefillQueueMetrics, count_startup, show_registries
+    from workerkit.metrics import (
+        DecodeQueueMetrics,
+        EngineMetrics,
+        PrefillQueueMetrics,
+        StagingMetrics,
+        count_startup,
+        show_registries,
+    )
 
     found: dict[str, Any] = {}
     for process, queues in (("prefill", PrefillQueueMetrics), ("decode", DecodeQueueMetrics)):
@@ -108,6 +115,7 @@ def _worker_registries() -> dict[str, Any]:
             block_size=16, block_bytes=0, num_blocks=1, kv_dtype="", kernels="", device=""
         )
         EngineMetrics(metrics, facts)
+        StagingMetrics(metrics)
         queues(metrics)
         count_startup(metrics, {})
         show_registries(metrics, ())

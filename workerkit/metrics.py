@@ -229,6 +229,33 @@ class PrefillQueueMetrics:
         self._ignored.update(ignored)
 
 
+class RingFacts(Protocol):
+    """The ring of host memory beside a GPU's KV (kvtransfer.staging.StagingRing)."""
+
+    num_slots: int
+
+    @property
+    def num_free(self) -> int: ...
+
+
+class StagingMetrics:
+    """KV on its way between a GPU's memory and transports. Without a ring nothing is, and all are 0."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._slots = metrics.gauge(
+            "baton_staging_slots", "Blocks of the staging ring by state; at rest all are free.", ("state",)
+        )
+        self._waiting = metrics.gauge(
+            "baton_staging_waiting", "Prompts (prefill) or pulls (decode) that wait for room in the ring."
+        )
+
+    def update(self, ring: RingFacts | None, num_waiting: int) -> None:
+        num_free = ring.num_free if ring is not None else 0
+        self._slots.labels(state="free").set(num_free)
+        self._slots.labels(state="used").set(ring.num_slots - num_free if ring is not None else 0)
+        self._waiting.set(num_waiting)
+
+
 VERIFICATION_KINDS = ("corrupt", "truncated", "stale", "layout")
 """kvtransfer.errors.FailureKind values that mean: what arrived is not what was announced (T2)."""
 

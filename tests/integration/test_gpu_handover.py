@@ -121,12 +121,16 @@ async def test_prompts_that_fill_the_ring_together_wait_and_all_end(workers: Wor
     assert [ring.num_slots for ring in rings] == [LONGEST, 1]
     async with gateway_to(d) as gateway:
         asked = [await gateway.start(prompt_of(90, i), [p.candidate], salt=b"%d" % i, seed=i) for i in range(8)]
+        await until(lambda: p.metric("baton_staging_waiting") > 0 and p.metric("baton_staging_slots", state="used") > 0)
         remote = [(await answer.end(), answer.ids) for _, answer in asked]
         assert [ended.stats.prefill_path for ended, _ in remote] == ["remote"] * 8
         for i, (_, ids) in enumerate(remote):
             local = await gateway.ask(prompt_of(90, i), disaggregation=LOCAL, salt=b"l%d" % i, seed=i)
             assert local.ids == ids
     await at_baseline(rings, p, d)
+    for worker, num_slots in ((p, LONGEST), (d, 1)):
+        slots = {state: worker.metric("baton_staging_slots", state=state) for state in ("free", "used")}
+        assert (slots, worker.metric("baton_staging_waiting")) == ({"free": num_slots, "used": 0}, 0)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
