@@ -164,5 +164,8 @@ def enter(dispatch: Dispatch) -> None:
     """
     if dispatch.is_interpreted:
         os.environ["TRITON_INTERPRET"] = "1"
+        from engine.kernels.interpreter import settle_dots
+
+        settle_dots()
     elif dispatch.kernels is Kernels.TRITON and os.environ.get("TRITON_INTERPRET", "0") != "0":
         raise ConfigInvalid("device", "cuda", "TRITON_INTERPRET is set, which would interpret every kernel: unset it")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine.kernels.interpreter import settle_dots
+
+settle_dots()
+
 
 @pytest.fixture(autouse=True)
 def fresh_inputs() -> None:
