@@ -208,7 +208,9 @@ class _Maker:
         ]  # fmt: skip
 
     def _device(self, pool: Pool) -> str | None:
-        return self.spec.engine.device or ("cuda" if pool.resources.gpus else None)
+        engine = self.spec.engine
+        may_use_gpu = engine.kernels in (None, "triton")  # others run on the CPU alone
+        return engine.device or ("cuda" if pool.resources.gpus and may_use_gpu else None)
 
     def _worker_image(self, pool: Pool) -> str:
         default = self.platform.gpu_worker_image if pool.resources.gpus else self.platform.worker_image
@@ -533,8 +535,10 @@ class _Maker:
         pools = {role: self._pool_spec(role) for role in ROLES}
         for role, pool in pools.items():
             where, gpus = f"spec.pools.{role}.resources.gpus", pool.resources.gpus
-            if gpus and self.spec.engine.device == "cpu":
-                yield f"{where} is {gpus}, but spec.engine.device is cpu: the GPUs are held and not used"
+            if gpus and self._device(pool) != "cuda":
+                engine = self.spec.engine
+                said = "device is cpu" if engine.device else f"kernels is {engine.kernels}"
+                yield f"{where} is {gpus}, but spec.engine.{said}: the GPUs are held and not used"
             elif gpus > 1:
                 yield f"{where} is {gpus}, but a worker uses one GPU: the others are held and not used"
         is_split = self.spec.disaggregation is not Disaggregation.NEVER

@@ -298,6 +298,10 @@ GPUS = {"resources": {"gpus": 1}}
             {"pools": {"decode": GPUS}, "engine": {"device": "cpu"}},
             ("spec.pools.decode.resources.gpus is 1, but spec.engine.device is cpu",),
         ),
+        (
+            {"pools": {"decode": GPUS}, "engine": {"kernels": "native"}},
+            ("spec.pools.decode.resources.gpus is 1, but spec.engine.kernels is native",),
+        ),
     ],
 )
 def test_gpus_that_would_lie_idle_are_warned_of(spec: dict[str, Any], words: tuple[str, ...]) -> None:
