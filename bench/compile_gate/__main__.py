@@ -29,6 +29,7 @@ from bench.compile_gate import compiler, docs
 from bench.compile_gate.cases import Job, collect, modules_without_cases, shipped_modules
 from bench.compile_gate.compiler import Compiled
 from bench.compile_gate.judge import occupancy_of, problems
+from engine.dispatch import set_up_compiler
 
 PROCESSES = 2
 # A tile far too large for its warps keeps the compiler busy for hours; ours take 1 to 5 s each.
@@ -47,6 +48,7 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET"):
         print("TRITON_INTERPRET is set: in the interpreter there is nothing to compile", file=sys.stderr)
         return 2
+    set_up_compiler()
     started = time.monotonic()
     modules = args.module or [name for name in shipped_modules() if not args.op or name.split(".")[-2] in args.op]
     jobs = [job for job in collect(modules) if not args.arch or job.arch in args.arch]

@@ -23,6 +23,7 @@ from bench.compile_gate.cases import Job, collect, shipped_modules
 from bench.compile_gate.judge import occupancy_of
 from bench.compile_gate.peer_cases import MODULES, PEERS, Peer
 from bench.compile_gate.peer_sources import peer_package
+from engine.dispatch import set_up_compiler
 
 ARCHS = (80, 90, 100)
 HEAD = (
@@ -44,6 +45,7 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET"):
         print("TRITON_INTERPRET is set: in the interpreter there is nothing to compile", file=sys.stderr)
         return 2
+    set_up_compiler()
     archs = tuple(args.arch or ARCHS)
     with ExitStack() as stack:
         for package, modules in MODULES.items():

@@ -106,11 +106,13 @@ def test_nothing_is_looked_for_that_cannot_change_the_choice() -> None:
 
 def test_triton_on_the_cpu_means_its_interpreter_and_on_a_gpu_never(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
     enter(Dispatch(Kernels.NATIVE, Device.CPU, ""))
     enter(Dispatch(Kernels.TRITON, Device.CUDA, ""))
     import os
 
     assert "TRITON_INTERPRET" not in os.environ
+    assert os.environ["TRITON_DEFAULT_FP_FUSION"] == "1"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     enter(Dispatch(Kernels.TRITON, Device.CPU, ""))
     assert os.environ["TRITON_INTERPRET"] == "1"
