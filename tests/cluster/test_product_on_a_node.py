@@ -278,7 +278,8 @@ def test_an_image_that_never_runs_is_rolled_back_under_traffic(product: Product)
     before = product.service()["status"]["servingRevision"]
     image, missing = product.service()["spec"]["image"]["worker"], "localhost/baton-worker:missing"
     with product.traffic():
-        worse = {"image": {"worker": missing}, "rollout": {"progressDeadline": "15s"}}
+        # Long enough for a busy node to have tried the image, and for the operator to have looked at the pod then.
+        worse = {"image": {"worker": missing}, "rollout": {"progressDeadline": "40s"}}
         product.patch(worse)
         product.wait_until("rolled back", lambda: product.condition("Degraded")["reason"] == "RolledBack")
         why = f"ImagePullBackOff: the image {missing} cannot be pulled"
