@@ -36,7 +36,8 @@ class Device(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Type of the weights, and with the Triton kernels of the KV."""
+    """Of the weights. Native kernels compute and keep KV in float32 with either; Triton kernels keep KV in this type,
+    too, and accumulate in float32."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"

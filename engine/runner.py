@@ -29,9 +29,6 @@ from engine.request import SampledToken
 from engine.swap_memory import SwapMemory
 from modelfiles.config import ModelConfig
 
-"""Of the weights. Native kernels compute and keep KV in float32 with either; Triton kernels keep KV in this type, too,
-and accumulate in float32."""
-
 
 class RunnerError(Exception):
     """The runner cannot be built as asked; the message names the setting."""

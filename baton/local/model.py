@@ -35,7 +35,8 @@ def describe_model(service: LLMService, *, say: Callable[[str], None]) -> ModelF
     except ModelFilesError as error:
         raise ModelError(f"spec.model.source = {source!r}: {error}") from error
     engine = service.spec.engine
-    dtype_bytes = _DTYPE_BYTES[engine.dtype or ("bfloat16" if engine.device == "cuda" else "float32")]
+    dtype = engine.dtype or ("bfloat16" if engine.device == "cuda" else "float32")  # as workers take it (engine.worker)
+    dtype_bytes = _DTYPE_BYTES[dtype]
     kv_item_bytes = dtype_bytes if engine.kernels == "triton" else _FLOAT32_BYTES  # Triton keeps both in one type
     facts = ModelFacts(
         path=path,
